@@ -36,7 +36,7 @@ def bin_edges(length: int, window_size: int, num_bins: int) -> list[int]:
             for start in range(0, length, window_size)
             for part in range(parts)
         }
-    return sorted(edge for edge in edges if edge < length) + [length]
+    return [*sorted(edge for edge in edges if edge < length), length]
 
 
 def bin_index(edges: list[int], value: int) -> int:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 MIXERS: tuple[str, ...] = ("full", "swa", "mamba2", "allmem")
 CONTROLS: tuple[str, ...] = ("memory_off", "write_off", "state_shuffled")
-KINDS: tuple[str, ...] = ("text", "recall")
+KINDS: tuple[str, ...] = ("text", "recall", "chat")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +19,7 @@ class EvalConfig:
     controls: tuple[str, ...] = CONTROLS
     """Controls of the `allmem` mixer: no memory output, no writes, another document's state."""
 
-    kinds: tuple[str, ...] = KINDS
+    kinds: tuple[str, ...] = ("text", "recall")
     """Kinds of held-out document that are read from `prepare/eval`."""
 
     window_size: int = 2048

@@ -59,7 +59,9 @@ class LossBins:
                 f"bins with edges {self.edges} and {other.edges} do not add up; use the same edges"
             )
         self.sums = [mine + theirs for mine, theirs in zip(self.sums, other.sums, strict=True)]
-        self.counts = [mine + theirs for mine, theirs in zip(self.counts, other.counts, strict=True)]
+        self.counts = [
+            mine + theirs for mine, theirs in zip(self.counts, other.counts, strict=True)
+        ]
 
     def mean(self, *, start: int = 0) -> float | None:
         """Mean loss in nats over the bins from position `start` on; None if they hold nothing.

@@ -22,7 +22,7 @@ class DocumentRecord:
 
     id: str
     kind: str
-    """`text` or `recall`."""
+    """`text`, `recall` or `chat`."""
     length: int
     """Tokens."""
     target_losses: LossBins
@@ -62,7 +62,7 @@ def summarise(
 ) -> Metrics:
     """Metrics by task from documents' records.
 
-    Tasks: `text` and `recall` (each if it has documents), `overall` (both; the loss over every
+    Tasks: one for each kind of document there is, `overall` (all of them; the loss over every
     document's loss tokens), and the binned `loss_by_position` and `perplexity_by_position` (text),
     `answer_loss_by_position` (recall), `recall_by_distance` and its `recall_count_by_distance`.
     Losses in nats a token. A mean over nothing is left out, its count says 0.
@@ -85,14 +85,15 @@ def summarise(
         queries = [query for record in recall for query in record.queries]
         every_token = merged((record.all_losses for record in recall), position_edges)
         metrics["recall"].update(
-            {f"{name}_all_tokens": value for name, value in _loss_metrics(every_token, window_size).items()}
+            {
+                f"{name}_all_tokens": value
+                for name, value in _loss_metrics(every_token, window_size).items()
+            }
         )
         metrics["recall"].update(recall_metrics(queries))
         answers = merged((record.target_losses for record in recall), position_edges)
         metrics["answer_loss_by_position"] = answers.loss_by_position()
-        shares, counts = recall_by_distance(
-            queries, edges=position_edges, window_size=window_size
-        )
+        shares, counts = recall_by_distance(queries, edges=position_edges, window_size=window_size)
         metrics["recall_by_distance"] = shares
         metrics["recall_count_by_distance"] = counts
     return metrics

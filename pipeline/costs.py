@@ -44,6 +44,8 @@ class MixerShape:
     expansion: int = 2
     """f / d_h."""
     conv_kernel: int = 4
+    state_size: int | None = None
+    """`mamba2`: columns of a head's state; default d_h."""
     window_size: int
     num_sinks: int
     chunk_size: int
@@ -52,6 +54,11 @@ class MixerShape:
     def memory_head_dim(self) -> int:
         """d_h."""
         return self.memory_size // self.memory_heads
+
+    @property
+    def recurrent_state_elements(self) -> int:
+        """n d_h N: elements of the `mamba2` state of a layer."""
+        return self.memory_size * (self.state_size or self.memory_head_dim)
 
     @property
     def fast_weight_elements(self) -> int:
@@ -70,6 +77,7 @@ class MixerShape:
         memory_heads: int | None = None,
         expansion: int = 2,
         conv_kernel: int = 4,
+        state_size: int | None = None,
     ) -> MixerShape:
         """The shape for a base model; memory heads default to its key-value heads."""
         return cls(
@@ -82,6 +90,7 @@ class MixerShape:
             memory_heads=memory_heads or base.num_kv_heads,
             expansion=expansion,
             conv_kernel=conv_kernel,
+            state_size=state_size,
             window_size=window_size,
             num_sinks=num_sinks,
             chunk_size=chunk_size,
@@ -95,7 +104,7 @@ def flops_per_token(mixer: str, shape: MixerShape, length: int) -> float:
     + 2 D (4 d + 5 n + 1) + 18 n d_h f`, where 5 n + 1 = 41 for n = 8 (three learning rates, momentum
     and gate for each head, and alpha); its last term is read 6, write 12. `full` attends to
     `length / 2` keys on average. A window never sees more keys than full attention does.
-    `mamba2` reads and writes a d_h x d_h state for each head (6 n d_h^2).
+    `mamba2` reads and writes a d_h x N state for each head (6 n d_h N).
 
     Raises:
         ValueError: an unknown mixer.
@@ -112,7 +121,7 @@ def flops_per_token(mixer: str, shape: MixerShape, length: int) -> float:
         flops += 6 * shape.fast_weight_elements
     if mixer == "mamba2":
         flops += 2 * shape.hidden_size * (4 * width + 2 * heads + 1)
-        flops += 6 * heads * shape.memory_head_dim**2
+        flops += 6 * shape.recurrent_state_elements
     return flops
 
 
@@ -149,7 +158,7 @@ def cache_bytes(
 
     `full` keeps every key and value; the others keep the window's ring and the sinks; `allmem`
     also keeps W and M in float32, at most one chunk of pending inputs and the convolution tail;
-    `mamba2` an n x d_h x d_h float32 state and the convolution tail.
+    `mamba2` an n x d_h x N float32 state and the convolution tail.
 
     Args:
         mixer: `full`, `swa`, `mamba2` or `allmem`.
@@ -169,7 +178,7 @@ def cache_bytes(
         total += pending_bytes(shape, min(length, shape.chunk_size), element_bytes)
         total += convolution_tail_bytes(shape, element_bytes)
     if mixer == "mamba2":
-        total += shape.memory_heads * shape.memory_head_dim**2 * FLOAT32_BYTES
+        total += shape.recurrent_state_elements * FLOAT32_BYTES
         total += convolution_tail_bytes(shape, element_bytes)
     return total * (shape.num_layers if layers else 1)
 

@@ -1,0 +1,342 @@
+"""Figures and files of an evaluation, from its results dictionary and the stages' metrics.
+
+Every figure is drawn from numbers that are in `results.json` or a `metrics.jsonl`, and can be drawn
+again from them: `write_report` measures nothing.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from evals.bins import parse_label
+from evals.table import (
+    ROW_TITLES,
+    format_value,
+    human_tokens,
+    markdown_table,
+)
+
+Series = list[tuple[str, str, dict[str, dict[str, float]]]]
+"""(name, title, metrics by task) of each mixer and control that was measured."""
+
+# Okabe and Ito's palette, told apart by people with colour blindness too.
+COLOURS = {
+    "full": "#000000",
+    "swa": "#E69F00",
+    "mamba2": "#009E73",
+    "allmem": "#0072B2",
+    "memory_off": "#CC79A7",
+    "write_off": "#D55E00",
+    "state_shuffled": "#56B4E9",
+}
+MARKERS = {"full": "o", "swa": "s", "mamba2": "^", "allmem": "D"}
+DPI = 130
+
+
+def write_report(
+    results: Mapping[str, Any], out_dir: Path, metrics_files: Mapping[str, Path]
+) -> list[Path]:
+    """Write `results.json`, `table.md` and `plots/*.png`.
+
+    Args:
+        results: the evaluation, of design.md's contract.
+        out_dir: `evaluate/` of the run.
+        metrics_files: `metrics.jsonl` of training stages by title, such as `convert`; files that
+            are not there are left out.
+
+    Returns:
+        The files written: results, table, then figures; a figure with nothing to show is not drawn.
+    """
+    out_dir.mkdir(parents=True, exist_ok=True)
+    (out_dir / "plots").mkdir(exist_ok=True)
+    files = [out_dir / "results.json", out_dir / "table.md"]
+    write_atomic(files[0], json.dumps(results, indent=2, sort_keys=False) + "\n")
+    write_atomic(files[1], markdown_table(results))
+    curves = {title: read_metrics(path) for title, path in metrics_files.items() if path.is_file()}
+    figures: dict[str, Figure | None] = {
+        "summary": summary_figure(results),
+        "loss_by_position": position_figure(results),
+        "recall_by_distance": distance_figure(results),
+        "alpha_by_layer": alpha_figure(results),
+        "training": training_figure(curves),
+    }
+    for name, figure in figures.items():
+        if figure is not None:
+            path = out_dir / "plots" / f"{name}.png"
+            image = io.BytesIO()
+            figure.savefig(image, format="png", dpi=DPI)
+            write_atomic(path, image.getvalue())
+            files.append(path)
+    return files
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Write a file under a temporary name and rename it, so that it is never half there.
+
+    Raises:
+        OSError: the disk is full or the folder is not writable; the old file stays.
+    """
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """Lines of a `metrics.jsonl`, by step; of a step written twice (a resumed run) the last counts.
+
+    Raises:
+        ValueError: a line other than an unfinished last one is not JSON.
+    """
+    by_step: dict[int, dict[str, float]] = {}
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            if number == len(lines):  # a process was killed while writing it
+                break
+            raise ValueError(
+                f"{path.name} line {number} is not JSON ({error}); remove that line"
+            ) from error
+        if "step" in record:
+            by_step[int(record["step"])] = record
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def measured(results: Mapping[str, Any], *, controls: bool = True) -> Series:
+    """Mixers, then controls, that have results, in the table's order."""
+    config = results["config"]
+    series: Series = [
+        (name, name, results["mixers"][name])
+        for name in config["mixers"]
+        if name in results["mixers"]
+    ]
+    if controls:
+        series += [
+            (name, ROW_TITLES[name], results["controls"][name])
+            for name in config["controls"]
+            if name in results["controls"]
+        ]
+    return series
+
+
+def summary_figure(results: Mapping[str, Any]) -> Figure:
+    """The table as bars: one panel a column, one bar a mixer or control, the number beside it."""
+    config = results["config"]
+    length, long = (human_tokens(int(config[key])) for key in ("length", "long_context"))
+    panels = (
+        ("Loss, all positions\n(nats/token)", "overall", "loss", "loss"),
+        ("Loss beyond window\n(nats/token)", "overall", "loss_beyond_window", "loss"),
+        ("Recall outside window\n(exact match)", "recall", "exact_match_outside_window", "share"),
+        ("Prefill speed\n(tokens/s)", "speed", "prefill_tokens_per_s", "rate"),
+        (f"Cache at {length} tokens\n(log scale)", "cache", "bytes_at_length", "bytes"),
+        (f"Cache at {long} tokens\n(log scale)", "cache", "bytes_at_long_context", "bytes"),
+    )
+    series = measured(results)
+    figure = Figure(figsize=(13, 1.6 + 2 * (0.36 * len(series) + 0.5)), layout="constrained")
+    axes = figure.subplots(2, 3, sharey=True)
+    axes[0, 0].set_yticks(range(len(series)), [title for _, title, _ in series])
+    axes[0, 0].invert_yaxis()
+    for axis, (title, task, metric, unit) in zip(axes.flat, panels, strict=True):
+        values = [metrics.get(task, {}).get(metric) for _, _, metrics in series]
+        _bars(axis, [name for name, _, _ in series], values, unit)
+        axis.set_title(title, fontsize=10)
+    figure.suptitle(_subject(results, "Mixers side by side"))
+    return figure
+
+
+def position_figure(results: Mapping[str, Any]) -> Figure | None:
+    """Loss of text, and of recall answers, over the position in the document."""
+    panels = (
+        ("loss_by_position", "Text: next-token loss"),
+        ("answer_loss_by_position", "Recall documents: loss of the answers"),
+    )
+    series = measured(results)
+    panels = tuple(p for p in panels if any(p[0] in metrics for _, _, metrics in series))
+    if not panels:
+        return None
+    figure = Figure(figsize=(6.4 * len(panels) + 1.6, 4.8), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (task, title) in zip(axes, panels, strict=True):
+        for name, label, metrics in series:
+            _binned_line(axis, name, label, metrics.get(task, {}))
+        _window_line(axis, results, "position = window")
+        axis.set(title=title, xlabel="position in the document (tokens)")
+        axis.set_ylabel("loss (nats/token)")
+        axis.set_ylim(bottom=max(0.0, axis.get_ylim()[0]))
+    _shared_legend(figure, axes[-1])
+    figure.suptitle(_subject(results, "Loss by position"))
+    return figure
+
+
+def distance_figure(results: Mapping[str, Any]) -> Figure | None:
+    """Exact match of recall over the distance to the evidence."""
+    series = measured(results)
+    if not any(metrics.get("recall_by_distance") for _, _, metrics in series):
+        return None
+    figure = Figure(figsize=(8.6, 4.8), layout="constrained")
+    axis = figure.subplots()
+    for name, label, metrics in series:
+        _binned_line(axis, name, label, metrics.get("recall_by_distance", {}))
+    _window_line(axis, results, "distance = window")
+    axis.set(xlabel="distance from the evidence to the answer (tokens)")
+    axis.set_ylabel("exact match (share of answers)")
+    axis.set_ylim(-0.03, 1.03)
+    _shared_legend(figure, axis)
+    figure.suptitle(_subject(results, "Recall by distance of the evidence"))
+    return figure
+
+
+def alpha_figure(results: Mapping[str, Any]) -> Figure | None:
+    """Mean |alpha| of each layer: how much of the memory's output the layers let in."""
+    chosen = [s for s in measured(results, controls=False) if s[2].get("alpha_by_layer")]
+    if not chosen:
+        return None
+    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+    axis = figure.subplots()
+    width = 0.8 / len(chosen)
+    for index, (name, label, metrics) in enumerate(chosen):
+        alphas = {int(layer): value for layer, value in metrics["alpha_by_layer"].items()}
+        offset = (index - (len(chosen) - 1) / 2) * width
+        places = [layer + offset for layer in alphas]
+        axis.bar(places, list(alphas.values()), width, color=COLOURS[name], label=label)
+    axis.set(xlabel="layer (0 is next to the embedding)", ylabel="mean |α| over channels")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.grid(axis="y", alpha=0.3)
+    axis.legend()
+    figure.suptitle("Weight of the memory branch, by layer (0 at the start of conversion)")
+    return figure
+
+
+def training_figure(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure | None:
+    """Loss, gradient norm and learning rate of training stages over steps."""
+    curves = {title: lines for title, lines in curves.items() if lines}
+    panels = (
+        ("train/loss", "Training loss", "loss of the stage (nats/token)", "linear"),
+        ("train/grad_norm", "Gradient norm", "L2 norm before clipping", "log"),
+        ("train/lr", "Learning rate", "learning rate", "linear"),
+    )
+    if not curves:
+        return None
+    figure = Figure(figsize=(14, 4.2), layout="constrained")
+    axes = figure.subplots(1, len(panels))
+    for axis, (key, title, label, scale) in zip(axes, panels, strict=True):
+        for index, (stage, lines) in enumerate(curves.items()):
+            points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
+            if points:
+                smooth = key != "train/lr"
+                _training_line(axis, points, stage, index, smooth=smooth)
+        axis.set(title=title, xlabel="step", ylabel=label)
+        if scale == "log" and any(line.get_ydata().max() > 0 for line in axis.lines):
+            axis.set_yscale("log")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    figure.suptitle("Training (thin: each step; thick: running mean)")
+    return figure
+
+
+def _training_line(
+    axis: Axes, points: Sequence[tuple[float, float]], stage: str, index: int, *, smooth: bool
+) -> None:
+    steps, values = zip(*points, strict=True)
+    colour, dashes = f"C{index}", ("-", "--", "-.", ":")[index % 4]
+    if not smooth or len(points) < 20:
+        axis.plot(steps, values, color=colour, linestyle=dashes, label=stage)
+        return
+    axis.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
+    span = max(3, len(values) // 40)
+    running = [
+        sum(values[max(0, i - span) : i + 1]) / len(values[max(0, i - span) : i + 1])
+        for i in range(len(values))
+    ]
+    axis.plot(steps, running, color=colour, linewidth=1.8, label=stage)
+
+
+def _bars(axis: Axes, names: Sequence[str], values: Sequence[float | None], unit: str) -> None:
+    numbers = [0.0 if value is None else float(value) for value in values]
+    axis.barh(range(len(names)), numbers, color=[COLOURS[name] for name in names], height=0.7)
+    present = [number for number in numbers if number > 0]
+    if unit == "bytes" and present:
+        axis.set_xscale("log", base=2)
+        axis.set_xlim(min(present) / 4, max(present) * 16)
+        axis.set_xticks([], [])  # the numbers stand beside the bars
+        axis.set_xticks([], [], minor=True)
+    elif present:
+        axis.set_xlim(0, (1.0 if unit == "share" else max(present)) * 1.22)
+        axis.xaxis.set_major_locator(MaxNLocator(4))
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    if unit == "share":
+        axis.set_xlim(0, 1.22)
+        axis.set_xticks([0, 0.25, 0.5, 0.75, 1])
+    for index, (value, number) in enumerate(zip(values, numbers, strict=True)):
+        start = number if number > 0 else axis.get_xlim()[0]
+        axis.annotate(
+            format_value(value, unit),
+            (start, index),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+        )
+    axis.grid(axis="x", alpha=0.3)
+    axis.set_axisbelow(True)
+
+
+def _binned_line(axis: Axes, name: str, label: str, values: Mapping[str, float]) -> None:
+    spans = [parse_label(key) for key in values]
+    centres = [(first + last) / 2 for first, last in spans]
+    control = name not in MARKERS
+    axis.plot(
+        centres,
+        list(values.values()),
+        color=COLOURS[name],
+        label=label,
+        marker=MARKERS.get(name, "x"),
+        markersize=5,
+        linewidth=1.2 if control else 2.0,
+        linestyle="--" if control else "-",
+        zorder=4 if control else 3,
+    )
+
+
+def _window_line(axis: Axes, results: Mapping[str, Any], label: str) -> None:
+    axis.axvline(
+        results["config"]["window_size"], color="grey", linestyle=":", linewidth=1.5, label=label
+    )
+    axis.grid(alpha=0.3)
+    axis.set_xlim(left=0)
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+
+
+def _shared_legend(figure: Figure, axis: Axes) -> None:
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", frameon=False)
+
+
+def _subject(results: Mapping[str, Any], title: str) -> str:
+    config = results["config"]
+    return (
+        f"{title} (window {config['window_size']:,}, {config['num_sinks']:,} sinks, "
+        f"chunk {config['chunk_size']:,}, documents of {int(config['length']):,} tokens)"
+    )
