@@ -17,15 +17,15 @@ class BaseShape(Protocol):
     """The fields of `allmem_megatron.config.BaseModelConfig` that costs depend on."""
 
     @property
-    def hidden_size(self) -> int: ...  # noqa: D102
+    def hidden_size(self) -> int: ...
     @property
-    def num_layers(self) -> int: ...  # noqa: D102
+    def num_layers(self) -> int: ...
     @property
-    def num_heads(self) -> int: ...  # noqa: D102
+    def num_heads(self) -> int: ...
     @property
-    def num_kv_heads(self) -> int: ...  # noqa: D102
+    def num_kv_heads(self) -> int: ...
     @property
-    def head_dim(self) -> int: ...  # noqa: D102
+    def head_dim(self) -> int: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,9 +101,9 @@ def flops_per_token(mixer: str, shape: MixerShape, length: int) -> float:
     """FLOPs of one layer's token mixer, a token, averaged over a prefill of `length` tokens.
 
     `allmem` is the formula of spec section 6, `4 D h (n_q + n_kv) + 4 n_q h (W + s)
-    + 2 D (4 d + 5 n + 1) + 18 n d_h f`, where 5 n + 1 = 41 for n = 8 (three learning rates, momentum
-    and gate for each head, and alpha); its last term is read 6, write 12. `full` attends to
-    `length / 2` keys on average. A window never sees more keys than full attention does.
+    + 2 D (4 d + 5 n + 1) + 18 n d_h f`, where 5 n + 1 = 41 for n = 8 (three learning rates,
+    momentum and gate for each head, and alpha); its last term is read 6, write 12. `full` attends
+    to `length / 2` keys on average. A window never sees more keys than full attention does.
     `mamba2` reads and writes a d_h x N state for each head (6 n d_h N).
 
     Raises:

@@ -167,12 +167,15 @@ def summary_figure(results: Mapping[str, Any]) -> Figure:
 
 def position_figure(results: Mapping[str, Any]) -> Figure | None:
     """Loss of text, and of recall answers, over the position in the document."""
-    panels = (
-        ("loss_by_position", "Text: next-token loss"),
-        ("answer_loss_by_position", "Recall documents: loss of the answers"),
-    )
     series = measured(results)
-    panels = tuple(p for p in panels if any(p[0] in metrics for _, _, metrics in series))
+    panels = [
+        (task, title)
+        for task, title in (
+            ("loss_by_position", "Text: next-token loss"),
+            ("answer_loss_by_position", "Recall documents: loss of the answers"),
+        )
+        if any(task in metrics for _, _, metrics in series)
+    ]
     if not panels:
         return None
     figure = Figure(figsize=(6.4 * len(panels) + 1.6, 4.8), layout="constrained")
