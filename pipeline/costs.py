@@ -56,9 +56,14 @@ class MixerShape:
         return self.memory_size // self.memory_heads
 
     @property
+    def key_size(self) -> int:
+        """n N: width of the `mamba2` B and C projections (its keys and queries)."""
+        return self.memory_heads * (self.state_size or self.memory_head_dim)
+
+    @property
     def recurrent_state_elements(self) -> int:
         """n d_h N: elements of the `mamba2` state of a layer."""
-        return self.memory_size * (self.state_size or self.memory_head_dim)
+        return self.key_size * self.memory_head_dim
 
     @property
     def fast_weight_elements(self) -> int:
@@ -120,7 +125,7 @@ def flops_per_token(mixer: str, shape: MixerShape, length: int) -> float:
         flops += 2 * shape.hidden_size * (4 * width + 5 * heads + 1)
         flops += 6 * shape.fast_weight_elements
     if mixer == "mamba2":
-        flops += 2 * shape.hidden_size * (4 * width + 2 * heads + 1)
+        flops += 2 * shape.hidden_size * (2 * width + 2 * shape.key_size + 2 * heads + 1)
         flops += 6 * shape.recurrent_state_elements
     return flops
 
@@ -146,9 +151,10 @@ def pending_bytes(shape: MixerShape, num_tokens: int, element_bytes: int = 2) ->
     return elements * num_tokens * element_bytes
 
 
-def convolution_tail_bytes(shape: MixerShape, element_bytes: int = 2) -> int:
+def convolution_tail_bytes(mixer: str, shape: MixerShape, element_bytes: int = 2) -> int:
     """Bytes of the last `conv_kernel - 1` projected q, k and v of one layer and sequence."""
-    return 3 * shape.memory_size * (shape.conv_kernel - 1) * element_bytes
+    key_size = shape.key_size if mixer == "mamba2" else shape.memory_size
+    return (2 * key_size + shape.memory_size) * (shape.conv_kernel - 1) * element_bytes
 
 
 def cache_bytes(
@@ -176,10 +182,10 @@ def cache_bytes(
     if mixer == "allmem":
         total += fast_weight_bytes(shape)
         total += pending_bytes(shape, min(length, shape.chunk_size), element_bytes)
-        total += convolution_tail_bytes(shape, element_bytes)
+        total += convolution_tail_bytes(mixer, shape, element_bytes)
     if mixer == "mamba2":
         total += shape.recurrent_state_elements * FLOAT32_BYTES
-        total += convolution_tail_bytes(shape, element_bytes)
+        total += convolution_tail_bytes(mixer, shape, element_bytes)
     return total * (shape.num_layers if layers else 1)
 
 

@@ -93,7 +93,9 @@ def test_a_wider_mamba_state_costs_more() -> None:
         for size in (None, 64)
     )
     extra = cache_bytes("mamba2", wide, 100) - cache_bytes("mamba2", narrow, 100)
-    assert extra == 2 * 64 * 32 * 4  # layers, d, N - d_h, float32
+    state = 64 * 32 * 4  # d, N - d_h more columns, float32
+    tails = 2 * 2 * 32 * 3 * 2  # B and C, heads, N - d_h more columns, 3 tokens, bfloat16
+    assert extra == 2 * (state + tails)
 
 
 def test_an_unknown_mixer_is_refused() -> None:
