@@ -1,0 +1,155 @@
+"""Configuration of data preparation: frozen dataclasses, the `data` section of a run.
+
+Types are such that OmegaConf's structured configurations take them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from data_prep.recall import RecallConfig
+
+SOURCE_KINDS = ("text", "jsonl", "chat_jsonl", "python_packages", "recall", "demo_chat")
+FILLER_KINDS = ("text", "jsonl", "python_packages")
+PACKINGS = ("best_fit", "none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """One source of documents."""
+
+    kind: str = "text"
+    """`text` (.txt, .md, .py … files), `jsonl`, `chat_jsonl` (records with `messages`),
+    `python_packages` (.py files of installed packages), `recall`, `demo_chat` (both generated)."""
+    name: str = ""
+    """Name in the manifest and for mixture weights; the kind where empty."""
+    path: str | None = None
+    """File, folder or glob for `text`, `jsonl`, `chat_jsonl` (or for the filler, see `filler`)."""
+    eval_path: str | None = None
+    """Text of the eval split; without it `eval_fraction` of the documents is held out by hash."""
+    pattern: str = "*"
+    """Names to take when `path` is a folder, searched recursively."""
+    packages: tuple[str, ...] = ()
+    """Installed import packages for `python_packages` (train split)."""
+    eval_packages: tuple[str, ...] = ()
+    """Packages of the eval split; without them whole packages are held out by hash."""
+    filler: str = "python_packages"
+    """`recall`, `demo_chat`: kind of the text (named by the fields above) between the facts."""
+    max_filler_tokens: int = 2_000_000
+    """`recall`, `demo_chat`: tokenize no more filler than this."""
+    text_field: str = "text"
+    """`jsonl`: the field that holds the text."""
+    id_field: str = "id"
+    """`jsonl`: the field that holds a name; the line number serves where it is missing."""
+    weight: float = 1.0
+    """Share of the split's samples where their number is given."""
+    max_documents: int | None = None
+    """Read no more documents than this (for each split)."""
+    max_characters: int | None = None
+    """Read no more text than this (for each split); the document that goes beyond is the last."""
+    recall: RecallConfig = field(default_factory=RecallConfig)
+    """What `recall` and `demo_chat` documents look like."""
+
+    def __post_init__(self) -> None:
+        for name in ("packages", "eval_packages"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if not self.name:
+            object.__setattr__(self, "name", self.kind)
+        _check_choice("kind", self.kind, SOURCE_KINDS)
+        _check_choice("filler", self.filler, FILLER_KINDS)
+        reads = self.filler if self.generated else self.kind
+        if reads == "python_packages" and not self.packages:
+            raise ValueError(f"source {self.name}: packages is empty; name installed packages")
+        if reads != "python_packages" and not self.path:
+            raise ValueError(f"source {self.name}: path is missing; name a file, folder or glob")
+        if shared := set(self.packages) & set(self.eval_packages):
+            raise ValueError(
+                f"source {self.name}: packages and eval_packages share {sorted(shared)}; "
+                "held-out text must not be trained on, remove them from one"
+            )
+        if self.weight <= 0:
+            raise ValueError(f"source {self.name}: weight={self.weight} must be above 0")
+        for name in ("max_documents", "max_characters", "max_filler_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"source {self.name}: {name}={value} must be at least 1")
+
+    @property
+    def generated(self) -> bool:
+        """Whether documents are made up by number rather than read."""
+        return self.kind in ("recall", "demo_chat")
+
+    @property
+    def sample_kind(self) -> str:
+        """`text`, `recall` or `chat`, as samples name it."""
+        if self.kind == "recall":
+            return "recall"
+        return "chat" if self.kind in ("chat_jsonl", "demo_chat") else "text"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig:
+    """All that decides the bytes of the shards, beside the tokenizer and the sources' text."""
+
+    tokenizer: str = ""
+    """Folder with tokenizer.json, or a .gguf file."""
+    seq_length: int = 1024
+    """Tokens per sample."""
+    sources: list[SourceConfig] = field(default_factory=list)
+    train_samples: int | None = None
+    """Samples of the train split, shared by the sources' weights; None: all text once (then no
+    generated sources)."""
+    eval_samples: int | None = None
+    """Samples of the eval split."""
+    eval_fraction: float = 0.02
+    """Share of read documents (packages) held out where no eval_path or eval_packages is given."""
+    packing: str = "best_fit"
+    """`best_fit`: short documents and tails share a sample, with cu_seqlens; `none`: one document a
+    sample, pieces shorter than seq_length are dropped and counted."""
+    samples_per_shard: int = 512
+    seed: int = 0
+    max_bad_fraction: float = 0.01
+    """More unreadable documents than this share stop the job."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sources", list(self.sources))
+        if self.seq_length < 8:
+            raise ValueError(f"seq_length={self.seq_length} must be >= 8; raise data.seq_length")
+        if self.samples_per_shard < 1:
+            raise ValueError(f"samples_per_shard={self.samples_per_shard} must be at least 1")
+        for name in ("eval_fraction", "max_bad_fraction"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1)")
+        for name in ("train_samples", "eval_samples"):
+            if (value := getattr(self, name)) is not None and value < 0:
+                raise ValueError(f"{name}={value} must be at least 0")
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed} must be at least 0")
+        _check_choice("packing", self.packing, PACKINGS)
+        names = [source.name for source in self.sources]
+        if len(set(names)) != len(names):
+            raise ValueError(f"source names {names} must differ; give data.sources[i].name")
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of all but the tokenizer's path (the manifest holds its hash)."""
+        return config_hash({**to_dict(self), "tokenizer": None})
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A dataclass as plain JSON types."""
+    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
+    return plain
+
+
+def config_hash(plain: dict[str, Any]) -> str:
+    """SHA-256 (hex) of a JSON value, independent of the order of keys."""
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is not one of {', '.join(choices)}")
