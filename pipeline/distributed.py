@@ -1,0 +1,148 @@
+"""Ranks: one process without a launcher, or many under torchrun or srun.
+
+Everything that asks "am I the one who writes?" or "what is the sum over ranks?" is here, and costs
+nothing with one rank.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """This process among the others."""
+
+    rank: int
+    """Index among all processes."""
+    local_rank: int
+    """Index on this machine; picks the GPU."""
+    world_size: int
+    """Processes in all."""
+    device: torch.device
+    """Where this rank computes."""
+
+    @property
+    def is_main(self) -> bool:
+        """Rank 0 writes files, shows progress and talks to MLflow."""
+        return self.rank == 0
+
+
+def init_distributed(*, device: str = "auto", timeout_s: int = 1800) -> Ranks:
+    """Join the process group: NCCL on CUDA, gloo on CPU; a group of one without a launcher.
+
+    Args:
+        device: `auto`, `cpu` or `cuda`.
+        timeout_s: seconds after which a collective that waits gives up.
+
+    Raises:
+        ValueError: `cuda` is asked for and absent.
+    """
+    has_cuda = torch.cuda.is_available()
+    if device == "cuda" and not has_cuda:
+        raise ValueError(
+            "parallel.device=cuda but PyTorch sees no CUDA device; set parallel.device=cpu or "
+            "install a CUDA build of torch"
+        )
+    use_cuda = has_cuda and device != "cpu"
+    rank, world_size, local_rank = _place()
+    if use_cuda:
+        torch.cuda.set_device(local_rank % torch.cuda.device_count())
+        torch_device = torch.device("cuda", torch.cuda.current_device())
+    else:
+        torch_device = torch.device("cpu")
+    if not dist.is_initialized():
+        backend = "nccl" if use_cuda else "gloo"
+        timeout = datetime.timedelta(seconds=timeout_s)
+        if world_size == 1:
+            # A store in this process: no port to choose, none to collide with another run's.
+            dist.init_process_group(
+                backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
+            )
+        elif "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ:
+            dist.init_process_group(
+                backend, init_method="env://", rank=rank, world_size=world_size, timeout=timeout
+            )
+        else:
+            raise ValueError(
+                f"WORLD_SIZE={world_size} but MASTER_ADDR and MASTER_PORT are not both set; "
+                "start with torchrun --nproc-per-node=N -m pipeline.run …"
+            )
+    # DeepSpeed asks the environment, not the group.
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(local_rank))
+    return Ranks(rank=rank, local_rank=local_rank, world_size=world_size, device=torch_device)
+
+
+def _place() -> tuple[int, int, int]:
+    """Rank, world size and local rank from the launcher's environment."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    # srun's variables also stand in a batch script's own process, which is no rank; a script that
+    # starts ranks by srun sets MASTER_ADDR.
+    if "RANK" not in os.environ and "MASTER_ADDR" in os.environ and "SLURM_PROCID" in os.environ:
+        names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
+    rank, world_size, local_rank = (os.environ.get(name) for name in names)
+    return int(rank or 0), int(world_size or 1), int(local_rank or 0)
+
+
+def shutdown() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and PyTorch."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.barrier()
+
+
+def sum_over_ranks(values: Sequence[float], device: torch.device) -> list[float]:
+    """Sum numbers over all ranks, in float64."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [float(value) for value in values]
+    total = torch.tensor(list(values), dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return [float(value) for value in total.tolist()]
+
+
+def on_main(ranks: Ranks, action: Callable[[], Result]) -> Result:
+    """Do something on rank 0 and give every rank its result, or its error.
+
+    Raises:
+        Exception: on rank 0 what the action raised; elsewhere a RuntimeError with its text, so
+            that no rank waits for ever for a rank 0 that failed.
+    """
+    if ranks.world_size == 1:
+        return action()
+    outcome: list[object] = [None, None]
+    failure: Exception | None = None
+    if ranks.is_main:
+        try:
+            outcome[0] = action()
+        except Exception as error:  # re-raised below, after the others know
+            failure = error
+            outcome[1] = f"{type(error).__name__}: {error}"
+    dist.broadcast_object_list(outcome, src=0)
+    if failure is not None:
+        raise failure
+    if outcome[1] is not None:
+        raise RuntimeError(f"rank 0 failed: {outcome[1]}")
+    return outcome[0]  # type: ignore[return-value]

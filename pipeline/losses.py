@@ -1,0 +1,183 @@
+"""Losses over the vocabulary that never hold the logits of a whole sequence.
+
+Shape letters: `N` loss tokens, `D` model width, `V` vocabulary, `S` tokens of one slice.
+
+Hidden states are selected at the loss tokens first; then slices of `S` tokens go through the output
+projection one after the other. A slice's gradient is formed while its logits are there: the loss is
+a sum, so its gradient with respect to the hidden states, `[N, D]`, is all that the backward pass
+needs (scaled by the incoming gradient), and no logits are computed twice or kept.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class LossSums(NamedTuple):
+    """Sums over the loss tokens, in nats; divide by the global number of loss tokens."""
+
+    total: Tensor
+    """[]: `kl_weight * kl + ce_weight * ce`; the one that carries a gradient."""
+    kl: Tensor
+    """[]: forward KL(teacher || student); 0 where no teacher was given."""
+    ce: Tensor
+    """[]: next-token cross-entropy; 0 where no targets were given."""
+
+
+def target_mask(loss_mask: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+    """Which positions predict a loss token: `loss_mask` moved one to the left.
+
+    The first token of a packed document is never a target: nothing before it belongs to it.
+
+    Args:
+        loss_mask: [B, T] bool, true where the token at this index is a target.
+        cu_seqlens: [N+1] borders of the documents of a single packed row, or None.
+
+    Returns:
+        [B, T] bool; the last column is false.
+    """
+    mask = torch.zeros_like(loss_mask, dtype=torch.bool)
+    mask[:, :-1] = loss_mask[:, 1:].bool()
+    if cu_seqlens is not None:
+        inner = cu_seqlens[1:-1].long()
+        mask[:, inner - 1] = False
+    return mask
+
+
+def slice_tokens(vocab_size: int, max_elements: int) -> int:
+    """Tokens of a slice such that its logits have at most `max_elements` numbers (at least one)."""
+    return max(1, max_elements // vocab_size)
+
+
+class _SlicedLoss(torch.autograd.Function):
+    """Forward computes the sums and, where asked, the gradients; backward scales them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,  # [N, D]
+        weight: Tensor,  # [V, D]
+        teacher: Tensor | None,  # [N, D]
+        targets: Tensor | None,  # [N]
+        kl_weight: float,
+        ce_weight: float,
+        size: int,
+        with_gradient: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        needs_hidden = with_gradient and ctx.needs_input_grad[0]
+        needs_weight = with_gradient and ctx.needs_input_grad[1]
+        accumulator = torch.promote_types(hidden.dtype, torch.float32)
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=accumulator) if needs_weight else None
+        kl = torch.zeros((), dtype=accumulator, device=hidden.device)
+        ce = torch.zeros_like(kl)
+        for start in range(0, hidden.shape[0], size):
+            part = slice(start, start + size)
+            h_SD = hidden[part]
+            log_q = torch.log_softmax((h_SD @ weight.T).to(accumulator), dim=-1)
+            grad_logits: Tensor | None = None
+            index = None
+            if targets is not None:
+                index = targets[part].unsqueeze(1)
+                ce = ce - log_q.gather(1, index).sum()
+            if teacher is not None:
+                log_p = torch.log_softmax((teacher[part] @ weight.T).to(accumulator), dim=-1)
+                p = log_p.exp()
+                kl = kl + torch.sum(p * log_p.sub_(log_q))
+                if needs_hidden or needs_weight:
+                    grad_logits = p.mul_(-kl_weight)
+            if needs_hidden or needs_weight:
+                total_weight = (kl_weight if teacher is not None else 0.0) + ce_weight
+                q = log_q.exp_().mul_(total_weight)
+                # d KL / d logits = q - p; d CE / d logits = q - onehot.
+                grad_logits = q if grad_logits is None else grad_logits.add_(q)
+                if ce_weight and index is not None:
+                    grad_logits.scatter_add_(
+                        1, index, torch.full_like(index, -ce_weight, dtype=accumulator)
+                    )
+                grad_logits = grad_logits.to(hidden.dtype)
+                if grad_hidden is not None:
+                    torch.matmul(grad_logits, weight, out=grad_hidden[part])
+                if grad_weight is not None:
+                    if grad_logits.dtype == accumulator:
+                        grad_weight.addmm_(grad_logits.T, h_SD)
+                    else:  # a product in the weights' own type, summed in float32
+                        grad_weight.add_(grad_logits.T @ h_SD)
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.weight_dtype = weight.dtype
+        total = kl_weight * kl + ce_weight * ce
+        ctx.mark_non_differentiable(kl, ce)
+        return total, kl, ce
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        scale = grads[0]
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden * scale.to(grad_hidden.dtype)
+        if grad_weight is not None:
+            grad_weight = (grad_weight * scale).to(ctx.weight_dtype)
+        return grad_hidden, grad_weight, None, None, None, None, None, None
+
+
+def distillation_loss(
+    student: Tensor,
+    teacher: Tensor,
+    weight: Tensor,
+    targets: Tensor | None = None,
+    *,
+    kl_weight: float = 1.0,
+    ce_weight: float = 0.0,
+    max_elements: int = 2**24,
+) -> LossSums:
+    """Forward KL(teacher || student) at temperature 1, and the cross-entropy, at the loss tokens.
+
+    The target of conversion in AllMem (arXiv 2602.13680, conversion recipe).
+
+    Args:
+        student: [N, D] hidden states after the final norm at the loss tokens.
+        teacher: [N, D] the full-attention model's at the same tokens; gets no gradient.
+        weight: [V, D] output projection, one for both.
+        targets: [N] int64 next tokens; needed where `ce_weight` is not 0, else only reported.
+        kl_weight: weight of the KL in `total`.
+        ce_weight: weight of the cross-entropy in `total`.
+        max_elements: logits held at once.
+
+    Raises:
+        ValueError: `ce_weight` without targets.
+    """
+    if ce_weight and targets is None:
+        raise ValueError(f"ce_weight={ce_weight} needs targets; give them or set ce_weight=0")
+    size = slice_tokens(weight.shape[0], max_elements)
+    parts = _SlicedLoss.apply(
+        student,
+        weight,
+        teacher.detach(),
+        targets,
+        kl_weight,
+        ce_weight,
+        size,
+        torch.is_grad_enabled(),
+    )
+    return LossSums(*parts)
+
+
+def next_token_loss(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, max_elements: int = 2**24
+) -> LossSums:
+    """Cross-entropy of the next token at the loss tokens.
+
+    Args:
+        hidden: [N, D] hidden states after the final norm at the positions before the targets.
+        weight: [V, D] output projection.
+        targets: [N] int64 the tokens to predict.
+        max_elements: logits held at once.
+    """
+    size = slice_tokens(weight.shape[0], max_elements)
+    parts = _SlicedLoss.apply(
+        hidden, weight, None, targets, 0.0, 1.0, size, torch.is_grad_enabled()
+    )
+    return LossSums(*parts)
