@@ -1,0 +1,310 @@
+"""Layers of an AllMem decoder: window attention, the memory branch, the Mamba-2 branch, MLP, RoPE.
+
+B sequences, T tokens (B = 1 and T = S where a layout packs), D model width, n_q and n_kv heads of
+width h; n memory heads of width d_h, d = n d_h, f hidden width of a memory head.
+
+Equation numbers are those of AllMem (arXiv 2602.13680) as the project's documentation numbers them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from allmem_hf.cache_allmem import AllMemLayerCache
+from allmem_hf.configuration_allmem import AllMemConfig
+from allmem_hf.layout_allmem import RowLayout
+from kernels.ssd.reference import ssd_scan
+from kernels.swa.reference import attention_with_positions, sliding_window_attention
+from kernels.ttt_memory.branch import (
+    causal_conv,
+    eta_from,
+    memory_output,
+    memory_qk,
+    mu_from,
+)
+from kernels.ttt_memory.reference import FastWeights, MemoryState, memory_scan
+
+_OTHER_CACHE = "the cache holds a {} of another branch; use a cache only with its own model"
+_MAX_SCORES = 2**24  # attention scores held at once when a call of many tokens goes on from a cache
+
+
+class AllMemRMSNorm(nn.Module):
+    """RMSNorm over the last dimension, computed in float32 and scaled in the input's dtype."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(x.dtype)
+
+
+class AllMemConv(nn.Module):
+    """Weight `[d, kernel]` of the depthwise causal convolution of equation (2)."""
+
+    def __init__(self, size: int, kernel: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(self.identity(size, kernel))
+
+    @staticmethod
+    def identity(size: int, kernel: int) -> Tensor:
+        """Weights that pass each token through unchanged."""
+        return torch.cat([torch.zeros(size, kernel - 1), torch.ones(size, 1)], dim=1)
+
+
+class AllMemRotaryEmbedding(nn.Module):
+    """RoPE tables for the frequencies that the base model's `rope_parameters` describe."""
+
+    inv_freq: Tensor
+
+    def __init__(self, config: AllMemConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.rope_type = (config.rope_parameters or {}).get("rope_type", "default")
+        inv_freq, self.scaling = self.frequencies(config)
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
+
+    @staticmethod
+    def frequencies(config: AllMemConfig) -> tuple[Tensor, float]:
+        """Inverse frequencies `[h / 2]` and the factor on cos and sin."""
+        rope = config.rope_parameters or {}
+        rope_type = rope.get("rope_type", "default")
+        if rope_type != "default":
+            return ROPE_INIT_FUNCTIONS[rope_type](config)
+        exponent = torch.arange(0, config.head_width, 2, dtype=torch.float) / config.head_width
+        return 1.0 / (rope["rope_theta"] ** exponent), 1.0
+
+    @torch.no_grad()
+    def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin `[B, T, 1, h]` at positions `[B, T]`."""
+        angles = positions[..., None].float() * self.inv_freq.float().to(positions.device)
+        angles = torch.cat([angles, angles], dim=-1)[..., None, :]
+        return (angles.cos() * self.scaling).to(dtype), (angles.sin() * self.scaling).to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE on `[B, T, heads, h]`, first half against second half."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+class AllMemAttention(nn.Module):
+    """The base model's attention under the window + sink mask, SWA of equation (1)."""
+
+    def __init__(self, config: AllMemConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.head_dim = config.head_width
+        width, h = config.hidden_size, self.head_dim
+        q_size, kv_size = config.num_attention_heads * h, config.kv_heads * h
+        self.q_proj = nn.Linear(width, q_size, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(width, kv_size, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(width, kv_size, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(q_size, width, bias=False)
+        norm = config.qk_norm
+        self.q_norm = AllMemRMSNorm(h, config.rms_norm_eps) if norm else nn.Identity()
+        self.k_norm = AllMemRMSNorm(h, config.rms_norm_eps) if norm else nn.Identity()
+
+    def forward(
+        self,
+        x: Tensor,
+        cos_sin: tuple[Tensor, Tensor],
+        layout: RowLayout,
+        cache: AllMemLayerCache | None,
+        seen: int,
+    ) -> Tensor:
+        """`[B, T, D]` -> `[B, T, D]`; `seen` columns are in the cache before this call."""
+        heads = (*x.shape[:2], -1, self.head_dim)
+        q = rotate(self.q_norm(self.q_proj(x).view(heads)), *cos_sin)
+        k = rotate(self.k_norm(self.k_proj(x).view(heads)), *cos_sin)
+        v = self.v_proj(x).view(heads)
+        if cache is None or seen == 0:
+            out = sliding_window_attention(
+                q,
+                k,
+                v,
+                window_size=self.config.window_size,
+                num_sinks=self.config.num_sinks,
+                cu_seqlens=layout.cu_seqlens,
+            )
+            if cache is not None:
+                cache.write(k, v, layout, layout.batch_shape[1])
+        else:
+            out = self._with_cache(q, k, v, layout, cache, seen)
+        return self.o_proj(out.flatten(2))
+
+    def _with_cache(
+        self, q: Tensor, k: Tensor, v: Tensor, layout: RowLayout, cache: AllMemLayerCache, seen: int
+    ) -> Tensor:
+        """Attention of new tokens to cached and new keys; shapes `[B, T, heads, h]`."""
+        longest = seen + layout.batch_shape[1]
+        q_rows, q_positions = layout.to_rows(q), layout.to_rows(layout.positions)
+        if layout.max_new == 1:  # the slot that it overwrites has just left the window
+            cache.write(k, v, layout, longest)
+            keys, values, k_positions = cache.window(longest)
+        else:
+            old_k, old_v, old_positions = cache.window(seen)
+            keys = torch.cat([old_k, layout.to_rows(k)], dim=1)
+            values = torch.cat([old_v, layout.to_rows(v)], dim=1)
+            new_positions = layout.to_rows(layout.positions, fill=-1)
+            k_positions = torch.cat([old_positions, new_positions], dim=1)
+        scores_per_query = q_rows.shape[0] * q_rows.shape[2] * keys.shape[1]
+        block = max(1, _MAX_SCORES // scores_per_query)
+        out = [
+            attention_with_positions(
+                q_block,
+                keys,
+                values,
+                q_positions=p_block,
+                k_positions=k_positions,
+                window_size=self.config.window_size,
+                num_sinks=self.config.num_sinks,
+            )
+            for q_block, p_block in zip(
+                q_rows.split(block, dim=1), q_positions.split(block, dim=1), strict=True
+            )
+        ]
+        if layout.max_new > 1:
+            cache.write(k, v, layout, longest)
+        return layout.from_rows(torch.cat(out, dim=1))
+
+
+class AllMemBranch(nn.Module):
+    """What both branches have: projections, convolutions, gate, output projection, alpha.
+
+    Args:
+        config: the model's configuration.
+        qk_head_dim: width of one head of q and k.
+    """
+
+    def __init__(self, config: AllMemConfig, *, qk_head_dim: int) -> None:
+        super().__init__()
+        self.config = config
+        self.num_heads = config.memory_heads
+        width, v_size = config.hidden_size, config.memory_size
+        qk_size, taps = self.num_heads * qk_head_dim, config.conv_kernel
+        self.q_proj = nn.Linear(width, qk_size, bias=False)
+        self.k_proj = nn.Linear(width, qk_size, bias=False)
+        self.v_proj = nn.Linear(width, v_size, bias=False)
+        self.q_conv = AllMemConv(qk_size, taps)
+        self.k_conv = AllMemConv(qk_size, taps)
+        self.v_conv = AllMemConv(v_size, taps)
+        self.gate_proj = nn.Linear(width, self.num_heads, bias=True)
+        self.o_norm = AllMemRMSNorm(config.memory_head_dim, config.rms_norm_eps)
+        self.o_proj = nn.Linear(v_size, width, bias=False)
+        self.alpha = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor, layout: RowLayout, cache: AllMemLayerCache | None) -> Tensor:
+        """`alpha * branch(x)`, `[B, T, D]` (after the pre-attention norm) -> `[B, T, D]`.
+
+        Reads and moves on the convolution tails and the state in `cache`, where one is given.
+        """
+        tails = cache.tails if cache is not None and cache.tails else (None, None, None)
+        q, q_tail = self._convolved(x, self.q_proj, self.q_conv, tails[0], layout)
+        k, k_tail = self._convolved(x, self.k_proj, self.k_conv, tails[1], layout)
+        v, v_tail = self._convolved(x, self.v_proj, self.v_conv, tails[2], layout)
+        read, state = self.scan(x, q, k, v, layout, None if cache is None else cache.state)
+        if cache is not None:
+            cache.tails = (q_tail.detach(), k_tail.detach(), v_tail.detach())
+            cache.state = None if state is None else state.detach()
+        mixed = memory_output(read, self.o_norm.weight, self.gate_proj(x), self.o_norm.eps)
+        return self.alpha * self.o_proj(mixed)  # equations (12) and (1)
+
+    def _convolved(
+        self, x: Tensor, proj: nn.Linear, conv: AllMemConv, tail: Tensor | None, layout: RowLayout
+    ) -> tuple[Tensor, Tensor]:
+        """Equation (2): `[B, T, n, width]` and the new tail `[R, conv_kernel - 1, n width]`."""
+        out, tail = causal_conv(proj(x), conv.weight, tail=tail, cu_seqlens=layout.cu_seqlens)
+        return out.unflatten(-1, (self.num_heads, -1)), tail
+
+    def scan(
+        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, layout: RowLayout, state: Any
+    ) -> tuple[Tensor, Any]:
+        """What the branch reads, `[B, T, n, d_h]`, and its state after the last token."""
+        raise NotImplementedError(f"{type(self).__name__} must define scan")
+
+
+class AllMemMemory(AllMemBranch):
+    """The memory: a SwiGLU network per head that learns from the tokens it reads."""
+
+    def __init__(self, config: AllMemConfig) -> None:
+        n, head, eps = config.memory_heads, config.memory_head_dim, config.rms_norm_eps
+        super().__init__(config, qk_head_dim=head)
+        hidden = config.expansion * head
+        self.q_norm = AllMemRMSNorm(head, eps)
+        self.k_norm = AllMemRMSNorm(head, eps)
+        self.eta_proj = nn.Linear(config.hidden_size, n * 3, bias=True)
+        self.mu_proj = nn.Linear(config.hidden_size, n, bias=True)
+        self.fast_gate = nn.Parameter(torch.empty(n, hidden, head))
+        self.fast_up = nn.Parameter(torch.empty(n, hidden, head))
+        self.fast_down = nn.Parameter(torch.empty(n, head, hidden))
+
+    def scan(
+        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, layout: RowLayout, state: Any
+    ) -> tuple[Tensor, Any]:
+        """Equations (3) to (11)."""
+        if state is not None and not isinstance(state, MemoryState):
+            raise ValueError(_OTHER_CACHE.format(type(state).__name__))
+        eta = eta_from(self.eta_proj(x)).unflatten(-1, (self.num_heads, 3))
+        mu = mu_from(self.mu_proj(x))
+        chunk_size, off = self.config.chunk_size, self.config.write_off
+        if off:  # one chunk that never fills: even the renormalisation (9) leaves the weights alone
+            chunk_size = x.shape[1] + 1
+        read, state = memory_scan(
+            memory_qk(q, self.q_norm.weight, self.q_norm.eps),
+            memory_qk(k, self.k_norm.weight, self.k_norm.eps),
+            v,
+            eta,
+            mu,
+            FastWeights(self.fast_gate, self.fast_up, self.fast_down),
+            state,
+            chunk_size=chunk_size,
+            cu_seqlens=layout.cu_seqlens,
+            clip=self.config.clip,
+            decay=self.config.decay or None,
+        )
+        return read, None if off else state
+
+
+class AllMemMamba2(AllMemBranch):
+    """The paper's baseline: a Mamba-2 recurrence in the memory's place; q is C, k is B, v is x."""
+
+    def __init__(self, config: AllMemConfig) -> None:
+        super().__init__(config, qk_head_dim=config.state_size or config.memory_head_dim)
+        self.dt_proj = nn.Linear(config.hidden_size, self.num_heads, bias=True)
+        self.a_log = nn.Parameter(torch.zeros(self.num_heads))
+        self.d_skip = nn.Parameter(torch.ones(self.num_heads))
+
+    def scan(
+        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, layout: RowLayout, state: Any
+    ) -> tuple[Tensor, Any]:
+        """The recurrence of Mamba-2 (arXiv 2405.21060), SiLU after the convolutions."""
+        if state is not None and not isinstance(state, Tensor):
+            raise ValueError(_OTHER_CACHE.format(type(state).__name__))
+        q, k, v = F.silu(q), F.silu(k), F.silu(v)
+        dt = F.softplus(self.dt_proj(x).float())
+        if self.config.write_off:
+            dt = torch.zeros_like(dt)
+        read, state = ssd_scan(v, dt, self.a_log, k, q, state=state, cu_seqlens=layout.cu_seqlens)
+        return read + self.d_skip[:, None] * v, state
+
+
+class AllMemMLP(nn.Module):
+    """The base model's SwiGLU."""
+
+    def __init__(self, config: AllMemConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
