@@ -1,0 +1,213 @@
+"""The token mixer in place of self-attention: full attention, or window plus branch.
+
+Equation (1) of AllMem (arXiv 2602.13680): TokenMixer(x) = SWA(x) + alpha * AllMem(x).
+
+Shapes: B sequences, T tokens, D model width, H query heads, G key-value heads, K head width.
+Megatron is sequence-first, [T, B, D]; the kernels are batch-first, [B, T, ...].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    reduce_from_tensor_model_parallel_region,
+)
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from allmem_megatron.config import BaseModelConfig, MemoryConfig, MixerSettings
+from allmem_megatron.mamba2 import Mamba2Branch
+from allmem_megatron.memory import MemoryBranch
+from allmem_megatron.norm import RMSNorm
+from allmem_megatron.rotary import apply_rotary
+from kernels.swa import causal_attention, sliding_window_attention
+
+
+@dataclass
+class MixerInputs(PackedSeqParams):
+    """What one forward pass hands to the mixer of every layer, by way of core's arguments.
+
+    It travels with the call, not on the modules, so that a layer recomputed in the backward pass
+    mixes as it did in the forward pass, whatever the model is set to by then.
+    """
+
+    settings: MixerSettings | None = None
+    cu_seqlens: Tensor | None = None
+    """[N + 1] document bounds over T when B = 1 holds N packed documents."""
+    cos: Tensor | None = None
+    """[T, K]"""
+    sin: Tensor | None = None
+    """[T, K]"""
+
+
+class TokenMixer(MegatronModule):
+    """Attention of the base model, full or windowed, and the memory branch beside it.
+
+    One set of base weights (`linear_qkv`, `linear_proj`, q and k norms, named as in core's
+    SelfAttention) serves every mode; the branch's parameters are `memory.*`.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        *,
+        base: BaseModelConfig,
+        branch: str,
+        memory: MemoryConfig | None,
+        pg_collection: ProcessGroupCollection | None = None,
+        **_core_options: Any,
+    ) -> None:
+        super().__init__(config=config)
+        group = (
+            pg_collection.tp
+            if pg_collection is not None
+            else parallel_state.get_tensor_model_parallel_group()
+        )
+        if base.num_kv_heads % group.size():
+            raise ValueError(
+                f"tp={group.size()} does not divide num_kv_heads={base.num_kv_heads};"
+                " set parallel.tp to a divisor"
+            )
+        self.layer_number = layer_number
+        self.tp_group = group
+        self.head_dim = base.head_dim
+        self.group_size = base.group_size
+        self.num_groups = base.num_kv_heads // group.size()  # on this rank
+        self.linear_qkv = ColumnParallelLinear(
+            base.hidden_size,
+            (base.num_heads + 2 * base.num_kv_heads) * base.head_dim,
+            config=config,
+            init_method=config.init_method,
+            bias=base.qkv_bias,
+            gather_output=False,
+            tp_group=group,
+        )
+        self.linear_proj = RowParallelLinear(
+            base.num_heads * base.head_dim,
+            base.hidden_size,
+            config=config,
+            init_method=config.output_layer_init_method,
+            bias=False,
+            input_is_parallel=True,
+            skip_bias_add=True,
+            tp_group=group,
+        )
+        self.q_layernorm: RMSNorm | None = None
+        self.k_layernorm: RMSNorm | None = None
+        if base.qk_norm:  # each rank norms its own heads: the gradient is summed over all ranks
+            self.q_layernorm = RMSNorm(config, base.head_dim, base.rms_norm_eps, group)
+            self.k_layernorm = RMSNorm(config, base.head_dim, base.rms_norm_eps, group)
+        self.memory: MemoryBranch | Mamba2Branch | None = None
+        if branch != "none" and memory is not None:
+            kind = {"allmem": MemoryBranch, "mamba2": Mamba2Branch}[branch]
+            self.memory = kind(config, base, memory, group)
+        self.recompute = False
+        self.align_loss: Tensor | None = None
+
+    def forward(
+        self, x: Tensor, *, packed_seq_params: MixerInputs, **_core_arguments: Any
+    ) -> tuple[Tensor, None]:
+        """Mixes tokens as `packed_seq_params.settings` says.
+
+        Args:
+            x: [T, B, D] after the layer's norm; [T / tp, B, D] under sequence parallelism.
+            packed_seq_params: settings, document bounds and rotary tables of this pass.
+
+        Returns:
+            (output shaped as x, None for the bias that core asks for).
+        """
+        inputs = packed_seq_params
+        settings = inputs.settings
+        if settings is None:
+            raise ValueError("MixerInputs.settings=None: pass the MixerSettings of this call")
+        if settings.mode == "align":
+            return self._align(x, inputs, settings), None
+        q, k, v = self._qkv(x, inputs)
+        if settings.mode == "full":
+            return self._project(causal_attention(q, k, v, cu_seqlens=inputs.cu_seqlens)), None
+        out = self._project(self._window(q, k, v, inputs, settings))
+        if settings.mode in ("allmem", "mamba2") and not settings.memory_off:
+            out = out + self._branch()(x, settings, inputs.cu_seqlens)
+        return out, None
+
+    def _branch(self) -> MemoryBranch | Mamba2Branch:
+        if self.memory is None:
+            raise ValueError("this model was built with branch='none'; build it with a branch")
+        return self.memory
+
+    def _qkv(self, x: Tensor, inputs: MixerInputs) -> tuple[Tensor, Tensor, Tensor]:
+        """q [B, T, H, K] and k, v [B, T, G, K] of this rank, normed and rotated."""
+        mixed, _ = self.linear_qkv(x)
+        num_tokens, batch = mixed.shape[:2]
+        # [T, B, G (group_size + 2) K] -> [B, T, G, group_size + 2, K]: convert once
+        mixed = mixed.view(num_tokens, batch, self.num_groups, self.group_size + 2, self.head_dim)
+        mixed = mixed.transpose(0, 1)
+        q, k, v = mixed.split([self.group_size, 1, 1], dim=3)
+        q = q.reshape(batch, num_tokens, -1, self.head_dim)
+        k, v = k.squeeze(3), v.squeeze(3)
+        if self.q_layernorm is not None and self.k_layernorm is not None:
+            q, k = self.q_layernorm(q), self.k_layernorm(k)
+        if inputs.cos is None or inputs.sin is None:
+            raise ValueError("MixerInputs has no rotary tables; call the model, not the layer")
+        return apply_rotary(q, inputs.cos, inputs.sin), apply_rotary(k, inputs.cos, inputs.sin), v
+
+    def _window(
+        self, q: Tensor, k: Tensor, v: Tensor, inputs: MixerInputs, settings: MixerSettings
+    ) -> Tensor:
+        return sliding_window_attention(
+            q,
+            k,
+            v,
+            window_size=settings.window_size,
+            num_sinks=settings.num_sinks,
+            cu_seqlens=inputs.cu_seqlens,
+        )
+
+    def _project(self, heads_BTHK: Tensor) -> Tensor:
+        # [B, T, H, K] -> [T, B, H K]
+        flat = heads_BTHK.flatten(2).transpose(0, 1).contiguous()
+        return self.linear_proj(flat)[0]
+
+    def _align(self, x: Tensor, inputs: MixerInputs, settings: MixerSettings) -> Tensor:
+        """Full attention's output; with gradients on, also records this layer's loss."""
+        with torch.no_grad():
+            q, k, v = self._qkv(x, inputs)
+            full = self._project(causal_attention(q, k, v, cu_seqlens=inputs.cu_seqlens))
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                missing = full - self._project(self._window(q, k, v, inputs, settings))
+            del q, k, v
+            arguments = (x.detach(), missing, settings, inputs.cu_seqlens)
+            if self.recompute:
+                self.align_loss = checkpoint(
+                    self._alignment_loss, *arguments, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                self.align_loss = self._alignment_loss(*arguments)
+        return full
+
+    def _alignment_loss(
+        self, x: Tensor, missing: Tensor, settings: MixerSettings, cu_seqlens: Tensor | None
+    ) -> Tensor:
+        """||missing - branch||^2 / ||missing||^2, missing = full - window; 0 if nothing misses."""
+        left = missing.float()
+        if not settings.memory_off:
+            left = left - self._branch()(x, settings, cu_seqlens).float()
+        squares = torch.stack((left.pow(2).sum(), missing.float().pow(2).sum()))
+        if self.config.sequence_parallel:  # each rank has seen T / tp tokens
+            squares = reduce_from_tensor_model_parallel_region(squares, group=self.tp_group)
+        # where no document is longer than the window, the branch has nothing to stand in for
+        something = squares[1] > 0
+        safe = torch.where(something, squares[1], torch.ones_like(squares[1]))
+        return torch.where(something, squares[0] / safe, torch.zeros_like(safe))

@@ -1,0 +1,136 @@
+"""Initial weights that depend on (seed, layer, name) alone.
+
+Every tensor has a generator of its own, seeded by its Hugging Face name (which holds the layer),
+and is drawn whole before it is split: neither the order of construction nor the number of
+tensor-parallel ranks changes a weight.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from allmem_megatron.config import BaseModelConfig, MemoryConfig
+from allmem_megatron.convert import from_hf, load_hf_tensors, model_to_hf, to_hf
+from allmem_megatron.sharding import full_shape, shard_of
+from kernels.ttt_memory.branch import eta_bias
+
+if TYPE_CHECKING:
+    from allmem_megatron.model import AllMemGPTModel
+
+_ONES = re.compile(r"norm\.weight$|layernorm\.weight$|d_skip$")
+_ZEROS = re.compile(r"(q|k|v)_proj\.bias$|(mu|gate)_proj\.bias$|alpha$")
+
+
+def generator_for(seed: int, name: str) -> torch.Generator:
+    """A CPU generator that depends on the seed and the tensor's name."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def initialise(
+    model: AllMemGPTModel, *, seed: int, init_std: float, embedding_std: float | None
+) -> None:
+    """Draws every parameter of `model`.
+
+    Projections are normal with std `init_std`, norms 1, alpha and biases 0, convolutions the
+    identity, fast weights normal with std 1/sqrt(fan-in), the rate's bias such that
+    eta = eta_init (spec sections 3 and 4).
+
+    Args:
+        model: not on the meta device.
+        seed: of all generators.
+        init_std: of all projections.
+        embedding_std: of the token embedding; None: init_std.
+    """
+    memory = model.memory_config or MemoryConfig()
+    stds = {"model.embed_tokens.weight": init_std if embedding_std is None else embedding_std}
+    for mcore_name, parameter in model.named_parameters():
+        blank = torch.empty(full_shape(parameter), device="meta")
+        drawn = {
+            name: _draw(name, part.shape, generator_for(seed, name), memory, stds, init_std)
+            for name, part in to_hf({mcore_name: blank}, model.base_config).items()
+        }
+        whole = from_hf(drawn, model.base_config)[mcore_name]
+        with torch.no_grad():
+            parameter.copy_(shard_of(whole, parameter))
+
+
+def _draw(
+    name: str,
+    shape: torch.Size,
+    generator: torch.Generator,
+    memory: MemoryConfig,
+    stds: dict[str, float],
+    init_std: float,
+) -> Tensor:
+    def normal(std: float) -> Tensor:
+        return torch.randn(shape, generator=generator, device="cpu") * std
+
+    if _ONES.search(name):
+        return torch.ones(shape)
+    if _ZEROS.search(name):
+        return torch.zeros(shape)
+    if "_conv." in name:  # the identity: the last tap is the token itself
+        taps = torch.zeros(shape)
+        taps[:, -1] = 1.0
+        return taps
+    if ".memory.fast_" in name:
+        return normal(1 / math.sqrt(shape[-1]))
+    if name.endswith("eta_proj.bias"):
+        return torch.full(shape, float(eta_bias(memory.eta_init)))
+    if name.endswith(("eta_proj.weight", "mu_proj.weight", "dt_proj.weight")):
+        return normal(0.1 / math.sqrt(shape[-1]))  # eta, mu and dt start close to their bias
+    if name.endswith("dt_proj.bias"):  # Mamba-2: dt log-uniform in [0.001, 0.1]
+        low, high = math.log(1e-3), math.log(1e-1)
+        dt = torch.exp(torch.rand(shape, generator=generator, device="cpu") * (high - low) + low)
+        return dt + torch.log(-torch.expm1(-dt))
+    if name.endswith("a_log"):  # Mamba-2: A uniform in [1, 16]
+        return torch.log(torch.rand(shape, generator=generator, device="cpu") * 15 + 1)
+    return normal(stds.get(name, init_std))
+
+
+def memory_from_base(model: AllMemGPTModel) -> None:
+    """Starts the branch's q, k and v projections from the model's own attention projections.
+
+    Memory head j takes rows of key-value head g = j * n_kv // n: from k_proj and v_proj as they
+    are, from q_proj as the mean over g's query heads. Heads that share g take consecutive rows;
+    rows start again where a head is narrower than they are.
+
+    Raises:
+        ValueError: the model has no branch.
+    """
+    if model.memory_config is None:
+        raise ValueError("branch='none' has no memory to start; build the model with a branch")
+    base = model.base_config
+    weights = model_to_hf(model)
+    changed = {n: t for n, t in weights.items() if ".memory." in n}
+    for name in list(changed):
+        if re.search(r"\.memory\.[qkv]_proj\.weight$", name):
+            source = weights[name.replace(".memory.", ".self_attn.")]
+            rows = memory_rows(source, base, changed[name].shape[0], model.memory_config)
+            changed[name] = rows.to(changed[name].dtype)
+    load_hf_tensors(model, changed, part="memory")
+
+
+def memory_rows(
+    source: Tensor, base: BaseModelConfig, num_rows: int, memory: MemoryConfig
+) -> Tensor:
+    """`num_rows` rows for a memory projection out of the base's q, k or v projection."""
+    n = memory.heads(base)
+    width = num_rows // n
+    per_head = source.reshape(base.num_kv_heads, -1, base.head_dim, source.shape[-1]).mean(1)
+    heads = []
+    taken: dict[int, int] = {}
+    for j in range(n):
+        group = j * base.num_kv_heads // n
+        start = taken.get(group, 0)
+        taken[group] = start + width
+        index = (torch.arange(width) + start) % base.head_dim
+        heads.append(per_head[group, index.to(source.device)])
+    return torch.cat(heads)

@@ -1,0 +1,60 @@
+"""The paper's baseline: a Mamba-2 (SSD) recurrence in the memory's place, all else equal.
+
+Mamba-2: arXiv 2405.21060; its place in the AllMem paper: arXiv 2602.13680, tables of section 4.
+
+Shapes: B sequences, T tokens, H heads of this rank, K head width, N state columns of a head.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from allmem_megatron.config import BaseModelConfig, MemoryConfig, MixerSettings
+from allmem_megatron.memory import BranchBase, roll_queries
+from kernels.ssd import ssd_scan
+
+
+class Mamba2Branch(BranchBase):
+    """alpha * Mamba2(x): q is C, k is B and v is x of h_t = a_t h_{t-1} + dt_t x_t B_t^T.
+
+    SiLU follows the convolutions as in Mamba-2; gate, output norm, projection and alpha are those
+    of equation (12), so that only the recurrence differs from the memory.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        base: BaseModelConfig,
+        memory: MemoryConfig,
+        tp_group: torch.distributed.ProcessGroup,
+    ) -> None:
+        state_size = memory.state_size or memory.head_dim(base)
+        super().__init__(config, base, memory, tp_group, qk_head_dim=state_size)
+        self.dt_proj = self.column(base.hidden_size, memory.heads(base), bias=True)
+        self.a_log = self.parameter(self.num_heads)
+        self.d_skip = self.parameter(self.num_heads)
+        self.mean_dt: Tensor | None = None
+
+    def forward(self, x: Tensor, settings: MixerSettings, cu_seqlens: Tensor | None) -> Tensor:
+        """Runs the recurrence over x [T, B, D]; returns alpha * its output, shaped as x.
+
+        The controls mean the same as for the memory: `write_off` keeps the state empty,
+        `shuffle_state` reads another row's state.
+        """
+        q, k, v = self.convolved(x, cu_seqlens)
+        c = self.heads(F.silu(q), self.qk_head_dim)
+        b = self.heads(F.silu(k), self.qk_head_dim)
+        v = self.heads(F.silu(v), self.head_dim)
+        dt = F.softplus(self.project(self.dt_proj, x).float())
+        self.mean_dt = dt.detach().mean()
+        if settings.write_off:
+            dt = torch.zeros_like(dt)
+        if settings.shuffle_state:
+            c = roll_queries(c, cu_seqlens)
+        y, _ = ssd_scan(v, dt, self.a_log, b, c, cu_seqlens=cu_seqlens)
+        if settings.shuffle_state:
+            y = y.roll(-1, dims=0)
+        return self.output(y + self.d_skip[:, None] * v, x)

@@ -1,0 +1,211 @@
+"""The AllMem branch of one layer: a memory network per head that learns while it reads.
+
+Equations (2)-(12) of AllMem (arXiv 2602.13680). The formulas live in `kernels.ttt_memory`; this
+module owns the parameters and splits them by memory head over the tensor-parallel ranks.
+
+Shapes: B sequences, T tokens, D model width, H memory heads of this rank, K head width, F hidden
+width of a head's network.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from allmem_megatron.config import BaseModelConfig, MemoryConfig, MixerSettings
+from allmem_megatron.norm import shared_over_tp
+from kernels.ttt_memory import FastWeights, memory_scan
+from kernels.ttt_memory.branch import (
+    causal_conv,
+    eta_from,
+    memory_output,
+    memory_qk,
+    mu_from,
+)
+
+
+class BranchBase(MegatronModule):
+    """What the memory and its Mamba-2 stand-in share: projections, convolutions, gate, alpha."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        base: BaseModelConfig,
+        memory: MemoryConfig,
+        tp_group: torch.distributed.ProcessGroup,
+        *,
+        qk_head_dim: int,
+    ) -> None:
+        super().__init__(config=config)
+        num_heads = memory.heads(base)
+        if num_heads % tp_group.size():
+            raise ValueError(
+                f"tp={tp_group.size()} does not divide the {num_heads} memory heads;"
+                " set parallel.tp to a divisor or memory.num_heads to a multiple"
+            )
+        self.tp_group = tp_group
+        self.eps = base.rms_norm_eps
+        self.num_heads = num_heads // tp_group.size()  # on this rank
+        self.head_dim = memory.head_dim(base)
+        self.qk_head_dim = qk_head_dim
+        qk_size, v_size = num_heads * qk_head_dim, num_heads * self.head_dim
+        self.q_proj = self.column(base.hidden_size, qk_size)
+        self.k_proj = self.column(base.hidden_size, qk_size)
+        self.v_proj = self.column(base.hidden_size, v_size)
+        self.gate_proj = self.column(base.hidden_size, num_heads, bias=True)
+        taps = memory.conv_kernel
+        self.q_conv = self.parameter(self.num_heads * qk_head_dim, taps)
+        self.k_conv = self.parameter(self.num_heads * qk_head_dim, taps)
+        self.v_conv = self.parameter(self.num_heads * self.head_dim, taps)
+        self.o_norm = self.parameter(self.head_dim)
+        self.o_proj = RowParallelLinear(
+            v_size,
+            base.hidden_size,
+            config=config,
+            init_method=config.init_method,
+            bias=False,
+            input_is_parallel=True,
+            skip_bias_add=True,
+            tp_group=tp_group,
+        )
+        self.alpha = self.parameter(base.hidden_size)
+
+    def column(self, in_size: int, out_size: int, bias: bool = False) -> ColumnParallelLinear:
+        """A projection whose outputs are split over the ranks by memory head."""
+        return ColumnParallelLinear(
+            in_size,
+            out_size,
+            config=self.config,
+            init_method=self.config.init_method,
+            bias=bias,
+            gather_output=False,
+            tp_group=self.tp_group,
+        )
+
+    def parameter(self, *shape: int) -> nn.Parameter:
+        """An unset parameter in the model's dtype."""
+        return nn.Parameter(torch.empty(*shape, dtype=self.config.params_dtype))
+
+    def project(self, linear: ColumnParallelLinear, x: Tensor) -> Tensor:
+        """[T, B, D] -> [B, T, outputs of this rank]: from Megatron's order to the kernels'."""
+        return linear(x)[0].transpose(0, 1)
+
+    def heads(self, x: Tensor, head_dim: int) -> Tensor:
+        """[B, T, H K] -> [B, T, H, K]."""
+        return x.unflatten(-1, (self.num_heads, head_dim))
+
+    def convolved(self, x: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v of equation (2), each [B, T, H K]."""
+        pairs = (
+            (self.q_proj, self.q_conv),
+            (self.k_proj, self.k_conv),
+            (self.v_proj, self.v_conv),
+        )
+        q, k, v = (
+            causal_conv(self.project(linear, x), conv, cu_seqlens=cu_seqlens)[0]
+            for linear, conv in pairs
+        )
+        return q, k, v
+
+    def output(self, v_hat_BTHK: Tensor, x: Tensor) -> Tensor:
+        """alpha times equation (12), [T, B, D]."""
+        norm_weight = shared_over_tp(self.o_norm, self.tp_group)
+        gate = self.project(self.gate_proj, x)
+        mixed = memory_output(v_hat_BTHK, norm_weight, gate, self.eps)
+        # [B, T, H K] -> [T, B, H K]
+        out, _ = self.o_proj(mixed.transpose(0, 1).contiguous())
+        alpha: Tensor = self.alpha
+        if self.config.sequence_parallel:  # each rank multiplies T / tp tokens
+            alpha = shared_over_tp(alpha, self.tp_group)
+        return alpha * out
+
+
+class MemoryBranch(BranchBase):
+    """alpha * AllMem(x) of equation (1).
+
+    Args:
+        config: core's configuration of the model.
+        base: the base model's sizes.
+        memory: the memory's sizes and switches.
+        tp_group: ranks over which the memory heads are split.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        base: BaseModelConfig,
+        memory: MemoryConfig,
+        tp_group: torch.distributed.ProcessGroup,
+    ) -> None:
+        super().__init__(config, base, memory, tp_group, qk_head_dim=memory.head_dim(base))
+        self.clip = memory.clip
+        self.decay = memory.decay or None
+        heads, width = self.num_heads, self.head_dim
+        hidden = memory.expansion * width
+        self.q_norm = self.parameter(width)
+        self.k_norm = self.parameter(width)
+        num_heads = memory.heads(base)
+        self.eta_proj = self.column(base.hidden_size, num_heads * 3, bias=True)
+        self.mu_proj = self.column(base.hidden_size, num_heads, bias=True)
+        self.fast_gate = self.parameter(heads, hidden, width)
+        self.fast_up = self.parameter(heads, hidden, width)
+        self.fast_down = self.parameter(heads, width, hidden)
+        self.mean_eta: Tensor | None = None
+        self.mean_mu: Tensor | None = None
+
+    def forward(self, x: Tensor, settings: MixerSettings, cu_seqlens: Tensor | None) -> Tensor:
+        """Reads and writes the memory over x.
+
+        Args:
+            x: [T, B, D] ([T / tp, B, D] under sequence parallelism), after the layer's norm.
+            settings: chunk size and controls.
+            cu_seqlens: [N + 1] document bounds for B = 1, or None.
+
+        Returns:
+            alpha * AllMem(x), shaped as x.
+        """
+        q, k, v = self.convolved(x, cu_seqlens)
+        q, k, v = (self.heads(part, self.head_dim) for part in (q, k, v))
+        q = memory_qk(q, shared_over_tp(self.q_norm, self.tp_group), self.eps)
+        k = memory_qk(k, shared_over_tp(self.k_norm, self.tp_group), self.eps)
+        # rates in float32: bfloat16 has three digits
+        eta_logits = self.project(self.eta_proj, x).float()
+        eta = eta_from(eta_logits.unflatten(-1, (self.num_heads, 3)))
+        mu = mu_from(self.project(self.mu_proj, x).float())
+        self.mean_eta, self.mean_mu = eta.detach().float().mean(), mu.detach().float().mean()
+        chunk_size = settings.chunk_size
+        if settings.write_off:
+            # one chunk that is never written: even the renormalisation (9) leaves W0 alone
+            eta, mu = torch.zeros_like(eta), torch.zeros_like(mu)
+            chunk_size = max(chunk_size, q.shape[1] + 1)
+        if settings.shuffle_state:
+            q = roll_queries(q, cu_seqlens)
+        v_hat, _ = memory_scan(
+            q,
+            k,
+            v,
+            eta,
+            mu,
+            FastWeights(self.fast_gate, self.fast_up, self.fast_down),
+            chunk_size=chunk_size,
+            cu_seqlens=cu_seqlens,
+            clip=self.clip,
+            decay=self.decay,
+            return_state=False,
+        )
+        if settings.shuffle_state:
+            v_hat = v_hat.roll(-1, dims=0)
+        return self.output(v_hat, x)
+
+
+def roll_queries(q: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Moves row b's queries beside row (b + 1) % B's keys (the shuffled-state control)."""
+    if cu_seqlens is not None or q.shape[0] < 2:
+        raise ValueError(
+            f"shuffle_state with {q.shape[0]} row(s), packed={cu_seqlens is not None}: it needs at"
+            " least 2 unpacked rows of equal length; raise the batch size and drop cu_seqlens"
+        )
+    return q.roll(1, dims=0)

@@ -1,0 +1,284 @@
+"""The model: Megatron-Core's GPTModel whose layers mix tokens by full attention, window or memory.
+
+Shapes: B sequences, T tokens, D model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    gather_from_tensor_model_parallel_region,
+)
+from torch import Tensor, nn
+
+from allmem_megatron.attention import MixerInputs, TokenMixer
+from allmem_megatron.config import BRANCHES, BaseModelConfig, MemoryConfig, MixerSettings
+from allmem_megatron.initialise import initialise
+from allmem_megatron.layer_specs import block_spec, transformer_config
+from allmem_megatron.mamba2 import Mamba2Branch
+from allmem_megatron.parallel import ensure_model_parallel
+from allmem_megatron.rotary import cos_sin, inverse_frequencies, positions_within_documents
+from allmem_megatron.sharding import tag_tensor_parallel
+
+_BRANCH_PREFIX = ".self_attention.memory."
+
+
+class AllMemGPTModel(GPTModel):
+    """GPTModel with our layers. Build it with `build_model`.
+
+    One set of base weights serves teacher and student: `with model.mixer(settings): …` chooses
+    what the next forward passes compute (at first: full attention, the base model itself).
+    """
+
+    def __init__(
+        self,
+        base: BaseModelConfig,
+        *,
+        branch: str,
+        memory: MemoryConfig | None,
+        dtype: torch.dtype,
+        sequence_parallel: bool,
+    ) -> None:
+        super().__init__(
+            config=transformer_config(base, dtype=dtype, sequence_parallel=sequence_parallel),
+            transformer_layer_spec=block_spec(base, branch, memory),
+            vocab_size=base.vocab_size,
+            max_sequence_length=base.max_position_embeddings,
+            share_embeddings_and_output_weights=base.tie_word_embeddings,
+            position_embedding_type="none",  # rotary is the mixer's own
+        )
+        self.base_config = base
+        self.branch = branch
+        self.memory_config = memory
+        self.settings = MixerSettings()
+        frequencies, self._rotary_factor = inverse_frequencies(base)
+        # a plain attribute, moved when used: a buffer would follow `.to(bfloat16)`
+        self._rotary_frequencies = frequencies
+        tag_tensor_parallel(self)
+
+    @contextlib.contextmanager
+    def mixer(self, settings: MixerSettings) -> Iterator[None]:
+        """Sets how all layers mix tokens inside the `with` block.
+
+        Raises:
+            ValueError: the model was built without the branch that the mode asks for.
+        """
+        needs = {"allmem": ("allmem",), "mamba2": ("mamba2",), "align": ("allmem", "mamba2")}
+        allowed = needs.get(settings.mode)
+        if allowed is not None and self.branch not in allowed:
+            raise ValueError(
+                f"mode={settings.mode!r} needs a model with branch {' or '.join(allowed)}, this one"
+                f" has branch={self.branch!r}; build it with that branch"
+            )
+        before, self.settings = self.settings, settings
+        try:
+            yield
+        finally:
+            self.settings = before
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *args: Any,
+        cu_seqlens: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """GPTModel.forward: logits [B, T, V] (this rank's part of V), or losses given `labels`.
+
+        The mask is always causal, with `self.settings`; `position_ids` and `attention_mask` are
+        not read. Use `hidden_states` and `logits` to leave out logits that nobody needs.
+        """
+        packed = kwargs.pop("packed_seq_params", None)
+        if isinstance(packed, PackedSeqParams) and not isinstance(packed, MixerInputs):
+            cu_seqlens = packed.cu_seqlens_q
+        kwargs["packed_seq_params"] = self._mixer_inputs(input_ids, cu_seqlens)
+        return super().forward(input_ids, position_ids, attention_mask, *args, **kwargs)
+
+    def hidden_states(self, tokens: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
+        """States after the final norm; no logits are computed.
+
+        Args:
+            tokens: [B, T] int64.
+            cu_seqlens: int [N + 1], bounds over T of N documents packed in one row (B = 1).
+
+        Returns:
+            [B, T, D].
+
+        Raises:
+            ValueError: cu_seqlens with B > 1 or not from 0 to T, or T that does not split.
+        """
+        inputs = self._mixer_inputs(tokens, cu_seqlens)
+        x = self.embedding(input_ids=tokens, position_ids=None)  # [T, B, D]
+        x = self.decoder(hidden_states=x, attention_mask=None, packed_seq_params=inputs)
+        if self.config.sequence_parallel:
+            x = gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=False)
+        return x.transpose(0, 1)  # [T, B, D] -> [B, T, D]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., D] -> [..., V], the whole vocabulary on every rank."""
+        weight = (
+            self.shared_embedding_or_output_weight()
+            if self.share_embeddings_and_output_weights
+            else self.output_layer.weight
+        )
+        if parallel_state.get_tensor_model_parallel_world_size() == 1:
+            return F.linear(hidden, weight)
+        split = F.linear(copy_to_tensor_model_parallel_region(hidden), weight)
+        return gather_from_tensor_model_parallel_region(split)
+
+    def _mixer_inputs(self, tokens: Tensor, cu_seqlens: Tensor | None) -> MixerInputs:
+        batch, num_tokens = tokens.shape
+        tp = parallel_state.get_tensor_model_parallel_world_size()
+        if self.config.sequence_parallel and num_tokens % tp:
+            raise ValueError(
+                f"{num_tokens} tokens do not split over tp={tp} ranks; set data.seq_length to a"
+                f" multiple of {tp}"
+            )
+        if cu_seqlens is not None:
+            _check_bounds(cu_seqlens, batch, num_tokens)
+        if self._rotary_frequencies.device != tokens.device:
+            self._rotary_frequencies = self._rotary_frequencies.to(tokens.device)
+        positions = positions_within_documents(num_tokens, cu_seqlens).to(tokens.device)
+        cos, sin = cos_sin(
+            positions, self._rotary_frequencies, self._rotary_factor, self.config.params_dtype
+        )
+        return MixerInputs(settings=self.settings, cu_seqlens=cu_seqlens, cos=cos, sin=sin)
+
+    def mixers(self) -> Iterator[TokenMixer]:
+        """The token mixer of every layer, in order."""
+        for layer in self.decoder.layers:
+            yield layer.self_attention
+
+    def base_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(name, parameter) of the base model."""
+        return ((n, p) for n, p in self.named_parameters() if _BRANCH_PREFIX not in n)
+
+    def memory_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(name, parameter) of the branch, alpha included; nothing for branch "none"."""
+        return ((n, p) for n, p in self.named_parameters() if _BRANCH_PREFIX in n)
+
+    def freeze_base(self) -> None:
+        """Takes the base model out of training; the branch stays trainable."""
+        for _, parameter in self.base_parameters():
+            parameter.requires_grad_(False)
+
+    def align_losses(self) -> list[Tensor]:
+        """Every layer's loss of the last forward pass in mode "align"; the call clears them.
+
+        Raises:
+            ValueError: no such pass has run with gradients on since the last call.
+        """
+        losses = []
+        for mixer in self.mixers():
+            if mixer.align_loss is None:
+                raise ValueError(
+                    "no alignment losses: run hidden_states in mode 'align' with gradients on first"
+                )
+            losses.append(mixer.align_loss)
+            mixer.align_loss = None
+        return losses
+
+    def memory_statistics(self) -> dict[str, float]:
+        """Mean |alpha| over channels per layer; mean eta and mu of the last forward pass.
+
+        Keys: "alpha_abs/layer_00", …, "alpha_abs/mean", and "eta/mean", "mu/mean" ("dt/mean" for
+        mamba2) once a pass has used the branch. Numbers are this rank's heads'.
+        """
+        branches = [mixer.memory for mixer in self.mixers() if mixer.memory is not None]
+        if not branches:
+            return {}
+        alphas = [float(branch.alpha.detach().float().abs().mean()) for branch in branches]
+        statistics = {f"alpha_abs/layer_{i:02d}": alpha for i, alpha in enumerate(alphas)}
+        statistics["alpha_abs/mean"] = sum(alphas) / len(alphas)
+        for branch in branches:
+            names = ("dt",) if isinstance(branch, Mamba2Branch) else ("eta", "mu")
+            for name in names:
+                mean = getattr(branch, f"mean_{name}")
+                if mean is not None:
+                    share = float(mean) / len(branches)
+                    statistics[f"{name}/mean"] = statistics.get(f"{name}/mean", 0.0) + share
+        return statistics
+
+
+def _check_bounds(cu_seqlens: Tensor, batch: int, num_tokens: int) -> None:
+    if batch != 1:
+        raise ValueError(
+            f"cu_seqlens with {batch} rows: packed documents are one row; flatten tokens to B=1"
+        )
+    bounds = cu_seqlens.tolist()
+    rising = all(a <= b for a, b in itertools.pairwise(bounds))
+    if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != num_tokens or not rising:
+        raise ValueError(
+            f"cu_seqlens={bounds[:8]} must rise from 0 to the {num_tokens} tokens of the row;"
+            " pass document bounds that cover it"
+        )
+
+
+def build_model(
+    base: BaseModelConfig,
+    *,
+    branch: str = "none",
+    memory: MemoryConfig | None = None,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    recompute: bool = False,
+    meta: bool = False,
+    sequence_parallel: bool = False,
+    init_std: float = 0.02,
+    embedding_std: float | None = None,
+) -> AllMemGPTModel:
+    """Builds the model with freshly drawn weights, on the CPU; move it with `.to(device)`.
+
+    Args:
+        base: sizes of the base model.
+        branch: "none", "allmem" or "mamba2": what stands beside window attention.
+        memory: the branch's sizes; None: the paper's, where there is a branch.
+        dtype: of all parameters.
+        seed: of the initial weights; the same weights at any number of ranks.
+        recompute: keep only each layer's input, and compute the rest again in backward.
+        meta: build without storage, to count parameters.
+        sequence_parallel: split the tokens between the layers' projections over the
+            tensor-parallel ranks.
+        init_std: of projections drawn at random.
+        embedding_std: of the token embedding; None: init_std.
+
+    Raises:
+        ValueError: an unknown branch, or sizes that do not fit each other or the ranks.
+    """
+    if branch not in BRANCHES:
+        raise ValueError(f"branch={branch!r} is not known; use one of {', '.join(BRANCHES)}")
+    ensure_model_parallel()
+    tp = parallel_state.get_tensor_model_parallel_world_size()
+    if base.vocab_size % tp:
+        raise ValueError(
+            f"vocab_size={base.vocab_size} is not a multiple of tp={tp}; set parallel.tp to a"
+            " divisor"
+        )
+    memory = None if branch == "none" else memory or MemoryConfig()
+    with torch.device("meta") if meta else contextlib.nullcontext():
+        model = AllMemGPTModel(
+            base,
+            branch=branch,
+            memory=memory,
+            dtype=dtype,
+            sequence_parallel=sequence_parallel and tp > 1,
+        )
+    if not meta:
+        initialise(model, seed=seed, init_std=init_std, embedding_std=embedding_std)
+    for layer in model.decoder.layers:
+        layer.recompute = recompute
+        layer.self_attention.recompute = recompute
+    return model
