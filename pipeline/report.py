@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from evals.table import (
     human_tokens,
     markdown_table,
 )
+from pipeline.checkpoint import write_atomically
 
 Series = list[tuple[str, str, dict[str, dict[str, float]]]]
 """(name, title, metrics by task) of each mixer and control that was measured."""
@@ -63,8 +63,8 @@ def write_report(
     out_dir.mkdir(parents=True, exist_ok=True)
     (out_dir / "plots").mkdir(exist_ok=True)
     files = [out_dir / "results.json", out_dir / "table.md"]
-    write_atomic(files[0], json.dumps(results, indent=2, sort_keys=False) + "\n")
-    write_atomic(files[1], markdown_table(results))
+    _write(files[0], (json.dumps(results, indent=2) + "\n").encode())
+    _write(files[1], markdown_table(results).encode())
     curves = {title: read_metrics(path) for title, path in metrics_files.items() if path.is_file()}
     figures: dict[str, Figure | None] = {
         "summary": summary_figure(results),
@@ -78,27 +78,16 @@ def write_report(
             path = out_dir / "plots" / f"{name}.png"
             image = io.BytesIO()
             figure.savefig(image, format="png", dpi=DPI)
-            write_atomic(path, image.getvalue())
+            _write(path, image.getvalue())
             files.append(path)
     return files
 
 
-def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write a file under a temporary name and rename it, so that it is never half there.
+def _write(path: Path, content: bytes) -> None:
+    def write(temporary: Path) -> None:
+        temporary.write_bytes(content)
 
-    Raises:
-        OSError: the disk is full or the folder is not writable; the old file stays.
-    """
-    data = content.encode("utf-8") if isinstance(content, str) else content
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(path, write)
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

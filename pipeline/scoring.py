@@ -9,6 +9,7 @@ whatever B and T are.
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -77,7 +78,7 @@ def documents_of(
     end_of_text = len(tokens) - int(meta.get("num_padding", 0))
     ids = list(meta.get("ids", ())) or [str(meta.get("source", "document"))]
     documents, placed = [], 0
-    for index, (start, end) in enumerate(zip(borders[:-1], borders[1:], strict=True)):
+    for index, (start, end) in enumerate(itertools.pairwise(borders)):
         end = min(end, end_of_text)
         if end - start < 2:  # nothing is predicted in it
             continue
@@ -101,8 +102,8 @@ def documents_of(
         )
     if placed != len(queries):
         raise ValueError(
-            f"{len(queries) - placed} of {len(queries)} queries of sample {ids[0]} cross a document "
-            "border; prepare the shards again"
+            f"{len(queries) - placed} of {len(queries)} queries of sample {ids[0]} cross a "
+            "document's border; prepare the shards again"
         )
     return documents
 
