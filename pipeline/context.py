@@ -1,0 +1,68 @@
+"""What a stage gets beside its configuration: where it works, who it is, whom it tells."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.config import split_entry
+from pipeline.console import Reporter
+from pipeline.distributed import Ranks
+from pipeline.metrics_log import MetricsLog
+
+
+def folder_name(entry: str) -> str:
+    """Folder of a stage entry: `convert@mamba2` → `convert_mamba2`."""
+    return entry.replace("@", "_")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageContext:
+    """One stage of one run. `stages/NAME.py` has `run(config: RunConfig, context: StageContext)`."""
+
+    entry: str
+    """The recipe's entry, `convert` or `convert@mamba2`."""
+    run_dir: Path
+    """Folder of the whole run."""
+    ranks: Ranks
+    """This process among the others; `ranks.is_main` writes files."""
+    reporter: Reporter
+    """Lines and progress bars; silent on other ranks."""
+    metrics: MetricsLog
+    """The stage's `metrics.jsonl`; MLflow gets every line from there."""
+    fingerprint: Mapping[str, Any]
+    """Flat configuration that decides the stage's result; checkpoints of another are refused."""
+    commit: str
+    """Commit of the program, `unknown` outside a repository."""
+
+    @property
+    def name(self) -> str:
+        """The stage's name without the branch."""
+        return split_entry(self.entry)[0]
+
+    @property
+    def dir(self) -> Path:
+        """The stage's folder."""
+        return self.run_dir / folder_name(self.entry)
+
+    @property
+    def device(self) -> torch.device:
+        """Where this rank computes."""
+        return self.ranks.device
+
+    @property
+    def data_dir(self) -> Path:
+        """Shards that `prepare` made: `train/` and `eval/` under it."""
+        return self.run_dir / "prepare"
+
+    def say(self, line: str) -> None:
+        """Print a line on rank 0."""
+        self.reporter.say(line)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Record metrics of a step (rank 0 writes them)."""
+        self.metrics.write(step, values)

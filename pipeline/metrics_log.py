@@ -1,0 +1,70 @@
+"""`metrics.jsonl`: one JSON object a line, the first record of every number that a stage reports."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from pipeline.checkpoint import write_atomically
+
+
+def read_lines(path: Path, start: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(offset behind the line, its object) of each whole line from byte `start` on.
+
+    A last line without its newline, as a killed process leaves it, is not given.
+    """
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        file.seek(start)
+        offset = start
+        for raw in file:
+            if not raw.endswith(b"\n"):
+                return
+            offset += len(raw)
+            yield offset, json.loads(raw)
+
+
+class MetricsLog:
+    """Appends to `metrics.jsonl`; does nothing on ranks other than 0."""
+
+    def __init__(self, path: Path, *, enabled: bool = True) -> None:
+        """Args: path: the file; enabled: whether this rank writes."""
+        self.path = path
+        self._enabled = enabled
+        self._file: TextIO | None = None
+
+    def truncate_after(self, step: int) -> None:
+        """Drop lines of steps after `step`, which a resumed run will write again."""
+        if not self._enabled or not self.path.exists():
+            return
+        self.close()
+        kept = [line for _, line in read_lines(self.path) if line["step"] <= step]
+        text = "".join(json.dumps(line) + "\n" for line in kept)
+        write_atomically(self.path, lambda file: _write(file, text))
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Append one line, and hand it to the operating system at once.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        if not self._enabled:
+            return
+        if self._file is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("a", encoding="utf-8")
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file; a later `write` opens it again."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
