@@ -9,13 +9,71 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
-from data_prep.recall import RecallConfig
+from data_prep.words import RECALL_KEYS
 
+Layout = Literal["far", "mixed", "dense"]
 SOURCE_KINDS = ("text", "jsonl", "chat_jsonl", "python_packages", "recall", "demo_chat")
 FILLER_KINDS = ("text", "jsonl", "python_packages")
 PACKINGS = ("best_fit", "none")
+
+
+def _check_range(name: str, value: tuple[float, float], low: float, high: float) -> None:
+    if len(value) != 2 or not low <= value[0] <= value[1] <= high:
+        raise ValueError(
+            f"{name}={tuple(value)} must be (min, max) with {low} <= min <= max <= {high}; "
+            f"correct data.recall.{name}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecallConfig:
+    """What recall documents look like."""
+
+    num_facts: tuple[int, int] = (4, 8)
+    """Facts per document, drawn uniformly from (min, max)."""
+    num_queries: tuple[int, int] = (2, 4)
+    """Questions per `far` document; never more than its facts."""
+    min_distance: int = 256
+    """`far`: at least so many tokens from the fact's value to the answer."""
+    fact_region: float = 0.5
+    """`far`: facts lie in the first share of the document (less if min_distance asks for it)."""
+    query_region: float = 0.2
+    """`far`: questions lie in the last share of the document."""
+    filler_fraction: tuple[float, float] = (0.3, 0.8)
+    """`mixed`: share of the tokens that is filler; the rest are facts and questions."""
+    dense_facts: tuple[int, int] = (4, 16)
+    """`dense`: pairs in the dictionary."""
+    far_weight: float = 1.0
+    mixed_weight: float = 0.0
+    dense_weight: float = 0.0
+    """Shares of the layouts among documents; they need not sum to one."""
+    loss_on: str = "answers"
+    """`answers`: only answer tokens are loss targets; `all`: every token but the first."""
+    separator: str = " ->"
+    """Between key and value; empty puts the value right after the key: easiest to learn."""
+
+    def __post_init__(self) -> None:
+        _check_range("num_facts", self.num_facts, 1, len(RECALL_KEYS))
+        _check_range("num_queries", self.num_queries, 1, len(RECALL_KEYS))
+        _check_range("dense_facts", self.dense_facts, 1, len(RECALL_KEYS))
+        _check_range("filler_fraction", self.filler_fraction, 0.0, 0.95)
+        for name in ("fact_region", "query_region"):
+            if not 0.0 < getattr(self, name) <= 1.0:
+                raise ValueError(f"{name}={getattr(self, name)} must lie in (0, 1]")
+        if self.min_distance < 1:
+            raise ValueError(f"min_distance={self.min_distance} must be at least 1")
+        weights = self.layout_weights
+        if any(w < 0 for w in weights.values()) or sum(weights.values()) <= 0:
+            raise ValueError(f"layout weights {weights} must be >= 0 and not all zero")
+        if self.loss_on not in ("answers", "all"):
+            raise ValueError(f"loss_on={self.loss_on!r} must be 'answers' or 'all'")
+
+    @property
+    def layout_weights(self) -> dict[Layout, float]:
+        """Weight of each layout, in a fixed order."""
+        return {"far": self.far_weight, "mixed": self.mixed_weight, "dense": self.dense_weight}
 
 
 @dataclass(frozen=True, kw_only=True)

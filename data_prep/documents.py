@@ -11,10 +11,10 @@ import gzip
 import importlib.util
 import json
 import lzma
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from data_prep.config import SourceConfig
 
@@ -62,13 +62,18 @@ class ReadReport:
 
 
 def read_documents(
-    config: SourceConfig, *, evaluation: bool = False, report: ReadReport | None = None
+    config: SourceConfig,
+    *,
+    evaluation: bool = False,
+    keep: Callable[[str], bool] | None = None,
+    report: ReadReport | None = None,
 ) -> Iterator[Document]:
     """Documents of a source's own text (for generated sources: of their filler), in a fixed order.
 
     Args:
         config: the source.
         evaluation: read `eval_path` or `eval_packages` instead of `path` and `packages`.
+        keep: which documents (by id) or packages (by name) to read; all where None.
         report: filled while reading.
 
     Raises:
@@ -78,6 +83,8 @@ def read_documents(
     kind = config.filler if config.generated else config.kind
     if kind == "python_packages":
         names = config.eval_packages if evaluation else config.packages
+        if keep is not None:
+            names, keep = tuple(name for name in names if keep(name)), None
         stream = _read_packages(names, config.name, report)
     else:
         path = config.eval_path if evaluation else config.path
@@ -88,6 +95,8 @@ def read_documents(
         else:
             stream = _read_jsonl_files(path, config, report, chat=kind == "chat_jsonl")
     for document in stream:
+        if keep is not None and not keep(document.id):
+            continue
         if config.max_documents is not None and report.num_documents >= config.max_documents:
             return
         limit = config.max_characters
@@ -169,9 +178,9 @@ def _read_utf8(file: Path, identity: str, report: ReadReport) -> str | None:
 
 def _open(file: Path) -> IO[bytes]:
     if file.suffix == ".gz":
-        return gzip.open(file, "rb")
+        return cast(IO[bytes], gzip.open(file, "rb"))
     if file.suffix == ".xz":
-        return lzma.open(file, "rb")
+        return cast(IO[bytes], lzma.open(file, "rb"))
     if file.suffix == ".zst":
         try:
             import zstandard
@@ -240,7 +249,7 @@ def _parse_record(
         return None
     identity = str(record.get(config.id_field, where))
     if chat:
-        messages = record.get("messages")
+        messages: Any = record.get("messages")
         reason = _bad_messages(messages)
         if reason:
             report.bad(reason, where)
