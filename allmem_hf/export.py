@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import AutoConfig
 
 from allmem_hf.configuration_allmem import AllMemConfig
 from allmem_hf.modeling_allmem import AllMemForCausalLM
@@ -57,8 +58,6 @@ _BASE_KEYS = (
     "rms_norm_eps",
     "tie_word_embeddings",
     "rope_parameters",
-    "rope_scaling",
-    "rope_theta",
     "pad_token_id",
     "bos_token_id",
     "eos_token_id",
@@ -120,10 +119,9 @@ def export_model(
     files = [Path(file) for file in tokenizer_files]
     _check_files(out, files)
     with _replacing(out) as partial:
-        dtypes = _write_weights(partial, shapes, tensors, shard_bytes)
         for module, name in SHIPPED.items():
             (partial / f"{name}.py").write_text(_shipped_source(module), encoding="utf-8")
-        config.dtype = dtypes
+        config.dtype = _write_weights(partial, shapes, tensors, shard_bytes)
         _write_json(partial / "config.json", _config_dict(config))
         for file in files:
             shutil.copyfile(file, partial / file.name)
@@ -157,10 +155,8 @@ def build_config(base_config: Mapping[str, Any], memory_config: Any, mixer: Any)
         raise ValueError(
             f"mixer mode={mode!r} cannot be exported; choose one of {', '.join(_BRANCH_OF_MODE)}"
         )
-    fields = {key: base[key] for key in _BASE_KEYS if base.get(key) is not None}
-    fields.setdefault("tie_word_embeddings", False)
-    fields.setdefault("num_key_value_heads", fields["num_attention_heads"])
-    fields.setdefault("head_dim", fields["hidden_size"] // fields["num_attention_heads"])
+    complete = AutoConfig.for_model(**base)  # with the family's defaults, and one layout of RoPE
+    fields = {key: getattr(complete, key, None) for key in _BASE_KEYS}
     fields.update(
         {new: memory[old] for old, new in _MEMORY_KEYS.items() if memory.get(old) is not None}
     )
@@ -234,6 +230,8 @@ def _replacing(out: Path) -> Iterator[Path]:
     """A new folder beside `out` that takes its name when the block ends without an error."""
     out.parent.mkdir(parents=True, exist_ok=True)
     partial, old = out.parent / f".{out.name}.partial", out.parent / f".{out.name}.old"
+    if old.exists() and not out.exists():  # killed between the two renames below
+        old.rename(out)
     for stale in (partial, old):
         if stale.exists():
             shutil.rmtree(stale)
@@ -291,6 +289,7 @@ def _write_weights(
             total += tensor.numel() * tensor.element_size()
             where[name] = file
         save_file(held, folder / file, metadata={"format": "pt"})
+        shutil.copymode(folder / "modeling_allmem.py", folder / file)  # it is made for the owner only
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": where}
         _write_json(folder / "model.safetensors.index.json", index)
