@@ -35,7 +35,10 @@ class EvalConfig:
     """Equal-length documents a forward pass; at least 2 while `state_shuffled` is asked for."""
 
     max_samples: int = 64
-    """Held-out documents of each kind, the first ones of the shards; 0 takes all."""
+    """Held-out documents of each kind, the longest and first ones of the shards; 0 takes all."""
+
+    min_length: int = 0
+    """Tokens that a document must have; 0 takes those longer than the window."""
 
     logits_rows: int = 1024
     """Positions whose logits are held at once; bounds memory to `logits_rows * vocabulary`."""
@@ -61,9 +64,6 @@ class EvalConfig:
     long_context: int = 131072
     """The second document length, in tokens, at which cache bytes are given."""
 
-    seed: int = 0
-    """Seeds the order of the loader, where it has one."""
-
     def __post_init__(self) -> None:
         """Check every value.
 
@@ -85,16 +85,14 @@ class EvalConfig:
                 raise ValueError(
                     f"eval.{name}={getattr(self, name)} must be at least 1; set eval.{name}=1"
                 )
-        for name in ("num_sinks", "max_samples", "timing_repeats", "timing_warmup"):
+        for name in (
+            *("num_sinks", "max_samples", "min_length"),
+            *("timing_repeats", "timing_warmup", "timing_length"),
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(
                     f"eval.{name}={getattr(self, name)} must not be negative; set eval.{name}=0"
                 )
-        if self.timing_length < 0:
-            raise ValueError(
-                f"eval.timing_length={self.timing_length} must not be negative; "
-                "set eval.timing_length=0 for the documents' own length"
-            )
         if self.chunk_size > self.window_size:
             raise ValueError(
                 f"eval.chunk_size={self.chunk_size} exceeds eval.window_size={self.window_size}: "

@@ -9,20 +9,18 @@ whatever B and T are.
 
 from __future__ import annotations
 
-import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from allmem_megatron.config import MixerSettings
+from evals.documents import EvalDocument
 from evals.perplexity import LossBins
 from evals.recall import Query, QueryResult, exact_match, is_beyond_reach, is_outside_window
 from evals.records import DocumentRecord
@@ -39,100 +37,6 @@ class Scored(Protocol):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] to [..., V]."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvalDocument:
-    """One document to score, on its own in its row."""
-
-    id: str
-    kind: str
-    """`text`, `recall` or `chat`."""
-    tokens: NDArray[np.int32]
-    """[T]."""
-    targets: NDArray[np.bool_]
-    """[T]; true where the token at this index counts in the loss."""
-    queries: list[Query] = field(default_factory=list)
-
-
-def documents_of(
-    tokens: NDArray[np.int32],
-    loss_mask: NDArray[np.uint8],
-    borders: Sequence[int],
-    meta: Mapping[str, Any],
-) -> list[EvalDocument]:
-    """The documents that a sample of a shard is packed from, its padding left out.
-
-    The loss of a recall document counts its answers, whatever the loss mask of training says.
-
-    Args:
-        tokens: [T].
-        loss_mask: [T]; 1 where the token at this index is a loss target.
-        borders: `cu_seqlens`, from 0 to T.
-        meta: the sample's `meta.json`.
-
-    Raises:
-        ValueError: a query lies outside the documents, or lacks a field.
-    """
-    queries = [Query.from_meta(query) for query in meta.get("queries", ())]
-    end_of_text = len(tokens) - int(meta.get("num_padding", 0))
-    ids = list(meta.get("ids", ())) or [str(meta.get("source", "document"))]
-    documents, placed = [], 0
-    for index, (start, end) in enumerate(itertools.pairwise(borders)):
-        end = min(end, end_of_text)
-        if end - start < 2:  # nothing is predicted in it
-            continue
-        inside = [_shifted(q, start) for q in queries if start <= q.evidence_start < end]
-        inside = [q for q in inside if q.answer_end <= end - start]
-        placed += len(inside)
-        targets = loss_mask[start:end].astype(bool)
-        if meta["kind"] == "recall" and inside:
-            targets = np.zeros(end - start, dtype=bool)
-            for query in inside:
-                targets[query.answer_start : query.answer_end] = True
-        targets[0] = False  # no position before it in the document
-        documents.append(
-            EvalDocument(
-                id=f"{ids[index]}" if index < len(ids) else f"{ids[-1]}+{index}",
-                kind=str(meta["kind"]),
-                tokens=tokens[start:end],
-                targets=targets,
-                queries=inside,
-            )
-        )
-    if placed != len(queries):
-        raise ValueError(
-            f"{len(queries) - placed} of {len(queries)} queries of sample {ids[0]} cross a "
-            "document's border; prepare the shards again"
-        )
-    return documents
-
-
-def _shifted(query: Query, start: int) -> Query:
-    return Query(
-        answer_start=query.answer_start - start,
-        answer_end=query.answer_end - start,
-        evidence_start=query.evidence_start - start,
-        evidence_end=query.evidence_end - start,
-    )
-
-
-def batches_of(documents: Iterable[EvalDocument], batch_size: int) -> list[list[EvalDocument]]:
-    """Batches of one kind and one length, in order; no document is alone if another one fits it.
-
-    A remainder of one joins the batch before it, so that the state of every document can be
-    exchanged with that of another one of the same kind.
-    """
-    groups: dict[tuple[str, int], list[EvalDocument]] = {}
-    for document in documents:
-        groups.setdefault((document.kind, len(document.tokens)), []).append(document)
-    batches = []
-    for group in groups.values():
-        parts = [group[i : i + batch_size] for i in range(0, len(group), batch_size)]
-        if len(parts) > 1 and len(parts[-1]) == 1:
-            parts[-2:] = [parts[-2] + parts[-1]]
-        batches += parts
-    return batches
 
 
 @torch.no_grad()

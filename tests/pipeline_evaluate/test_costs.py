@@ -1,10 +1,14 @@
 """The formulas of costs give the paper's numbers."""
 
 import pytest
+import torch
 
+from kernels.ssd import ssd_scan
+from kernels.ttt_memory import FastWeights, memory_scan
 from pipeline.costs import (
     MixerShape,
     cache_bytes,
+    convolution_tail_bytes,
     fast_weight_bytes,
     flops_per_token,
     flops_ratio,
@@ -101,3 +105,57 @@ def test_a_wider_mamba_state_costs_more() -> None:
 def test_an_unknown_mixer_is_refused() -> None:
     with pytest.raises(ValueError, match="mixer='rwkv'"):
         cache_bytes("rwkv", qwen3(1024), 10)
+
+
+@pytest.mark.parametrize(("num_tokens", "pending"), [(16, 0), (21, 5), (5, 5)])
+def test_memory_bytes_are_those_of_the_real_state(num_tokens: int, pending: int) -> None:
+    shape = MixerShape(
+        hidden_size=64,
+        num_layers=1,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        memory_size=24,
+        memory_heads=3,
+        window_size=16,
+        num_sinks=2,
+        chunk_size=8,
+    )
+    heads, width = shape.memory_heads, shape.memory_head_dim
+    hidden = width * shape.expansion
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 1, num_tokens, heads, width, generator=generator)
+    eta = torch.rand(1, num_tokens, heads, 3, generator=generator)
+    mu = torch.rand(1, num_tokens, heads, generator=generator)
+    weights = FastWeights(
+        gate=torch.randn(heads, hidden, width),
+        up=torch.randn(heads, hidden, width),
+        down=torch.randn(heads, width, hidden),
+    )
+    _, state = memory_scan(q, k, v, eta, mu, weights, chunk_size=shape.chunk_size)
+    counter = 8  # the int64 length of the unfinished chunk
+    expected = fast_weight_bytes(shape) + pending_bytes(shape, pending, element_bytes=4)
+    assert state.num_bytes == expected + counter
+
+
+def test_recurrent_bytes_are_those_of_the_real_state() -> None:
+    shape = MixerShape(
+        hidden_size=64,
+        num_layers=1,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        memory_size=24,
+        memory_heads=3,
+        state_size=4,
+        window_size=16,
+        num_sinks=2,
+        chunk_size=8,
+    )
+    x, b = torch.randn(1, 10, 3, 8), torch.randn(1, 10, 3, 4)
+    dt = torch.rand(1, 10, 3)
+    _, state = ssd_scan(x, dt, torch.zeros(3), b, b, chunk_size=8)
+    attention = key_value_bytes(shape, 16 + 2)
+    tails = convolution_tail_bytes("mamba2", shape)
+    expected = attention + tails + state.numel() * state.element_size()
+    assert cache_bytes("mamba2", shape, 1000) == expected
