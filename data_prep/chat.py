@@ -97,7 +97,7 @@ def join_turns(
 def render_chat(
     messages: Sequence[dict[str, str]], tokenizer: TokenizerLike
 ) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
-    """Tokens [T] and loss mask [T] of a conversation: 1 on responses and the token that ends each."""
+    """Tokens [T] and loss mask [T] of a conversation; 1 on responses and what ends them."""
     roles = [message["role"] for message in messages]
     contents = encode_text(tokenizer, [message["content"] for message in messages])
     tokens, mask, _ = join_turns(parse_template(roles, tokenizer), roles, contents)

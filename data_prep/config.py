@@ -97,7 +97,7 @@ class SourceConfig:
     """Packages of the eval split; without them whole packages are held out by hash."""
     filler: str = "python_packages"
     """`recall`, `demo_chat`: kind of the text (named by the fields above) between the facts."""
-    max_filler_tokens: int = 2_000_000
+    max_filler_tokens: int = 1_000_000
     """`recall`, `demo_chat`: tokenize no more filler than this."""
     text_field: str = "text"
     """`jsonl`: the field that holds the text."""

@@ -1,4 +1,4 @@
-"""Conversations about facts in a long document: chat data that every machine can make for itself."""
+"""Conversations about facts in a long document: chat data that every machine can make."""
 
 from __future__ import annotations
 
@@ -70,8 +70,9 @@ class DemoChatGenerator:
         high = length - config.min_distance
         if high < MAX_FILLER_LINE:
             raise ValueError(
-                f"min_distance={config.min_distance} leaves no room for facts in {length} tokens of "
-                f"filler at seq_length={self.seq_length}; lower recall.min_distance of {self.source}"
+                f"min_distance={config.min_distance} leaves no room for facts in {length} tokens "
+                f"of filler (seq_length={self.seq_length}); lower recall.min_distance of "
+                f"source {self.source}"
             )
         filler, borders = self._filler.stretch(length, rng)
         at = snap(borders[borders <= high], rng.integers(0, high + 1, size=len(facts)))

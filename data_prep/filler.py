@@ -29,28 +29,32 @@ class FillerBank:
     def from_texts(
         cls, texts: Iterable[str], tokenizer: TokenizerLike, *, max_tokens: int | None = None
     ) -> FillerBank:
-        """Tokenizes texts line by line; stops after `max_tokens`.
+        """Tokenizes texts and notes where lines end; stops after `max_tokens`.
 
-        Lines are encoded with their newline, in one batch a text. A line of more than
-        `MAX_FILLER_LINE` tokens is left out.
+        A line of more than `MAX_FILLER_LINE` tokens is left out. Lines end after tokens whose text
+        ends with a newline; text after the last one of a document is left out.
         """
-        pieces: list[list[int]] = []
-        lengths: list[int] = []
+        rows: list[NDArray[np.int32]] = []
         total = 0
         for text in texts:
-            for ids in _encode_lines(tokenizer, text):
-                if len(ids) > MAX_FILLER_LINE:
-                    continue
-                pieces.append(ids)
-                lengths.append(len(ids))
-                total += len(ids)
+            rows.append(np.asarray(encode_text(tokenizer, text), dtype=np.int32))
+            total += len(rows[-1])
             if max_tokens is not None and total >= max_tokens:
                 break
-        if total == 0:
-            raise ValueError("no filler text: recall documents need at least one text source")
-        tokens = np.fromiter((t for piece in pieces for t in piece), dtype=np.int32, count=total)
-        ends = np.cumsum(np.asarray(lengths, dtype=np.int64))
-        return cls(tokens, np.concatenate([[0], ends]).astype(np.int64))
+        tokens = np.concatenate(rows) if rows else np.zeros(0, dtype=np.int32)
+        used, inverse = np.unique(tokens, return_inverse=True)
+        breaks = np.asarray([tokenizer.decode([int(t)]).endswith("\n") for t in used], dtype=bool)
+        ends = np.flatnonzero(breaks[inverse]) + 1 if len(tokens) else np.zeros(0, dtype=np.int64)
+        lengths = np.diff(ends, prepend=0)
+        kept = lengths <= MAX_FILLER_LINE
+        if not kept.any():
+            raise ValueError(
+                "no filler text for recall documents; name packages or a path (for the eval split "
+                "eval_packages or eval_path, or raise data.eval_fraction)"
+            )
+        tokens = tokens[: int(ends[-1])][np.repeat(kept, lengths)]
+        starts = np.concatenate([[0], np.cumsum(lengths[kept])]).astype(np.int64)
+        return cls(tokens, starts)
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -74,10 +78,3 @@ class FillerBank:
         start = end - length
         begin_index = int(np.searchsorted(self.line_starts, start))
         return self.tokens[start:end], self.line_starts[begin_index : end_index + 1] - start
-
-
-def _encode_lines(tokenizer: TokenizerLike, text: str) -> list[list[int]]:
-    lines = [line + "\n" for line in text.split("\n")]
-    if lines[-1] == "\n":
-        lines.pop()  # the text ended with a newline
-    return encode_text(tokenizer, lines)

@@ -1,8 +1,8 @@
 """Packing: pieces of documents into samples of exactly seq_length tokens.
 
-Policy. A document longer than seq_length is cut from its begin into windows of seq_length tokens, one
-after the other without overlap; each window is a document of its own for attention and memory. What
-remains at the end, and shorter documents, are pieces. With `best_fit` the pieces share samples
+Policy. A document longer than seq_length is cut from its begin into windows of seq_length tokens,
+one after the other without overlap; each window is a document of its own for attention and memory.
+What remains at the end, and shorter documents, are pieces. With `best_fit` the pieces share samples
 (longest first, each into the fullest sample that still holds it), divided by `cu_seqlens`, and
 the tail of a sample is padding, a segment of its own without loss. With `none` pieces are dropped
 and counted. No token is lost or doubled otherwise.

@@ -32,3 +32,24 @@ def encode_text(tokenizer: TokenizerLike, text: str | Sequence[str]) -> list[int
     )
     ids: list[int] | list[list[int]] = encoded["input_ids"]
     return ids
+
+
+def end_of_text_id(tokenizer: TokenizerLike) -> int:
+    """The token that ends a plain document: `<|endoftext|>` where known, else the eos token.
+
+    Raises:
+        ValueError: the tokenizer has neither.
+    """
+    known = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    if known is not None and known != tokenizer.unk_token_id:
+        return int(known)
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no end-of-text token; set its eos_token")
+    return int(tokenizer.eos_token_id)
+
+
+def pad_token_id(tokenizer: TokenizerLike) -> int:
+    """The token that fills a sample's tail; it never carries loss."""
+    if tokenizer.pad_token_id is not None:
+        return int(tokenizer.pad_token_id)
+    return end_of_text_id(tokenizer)

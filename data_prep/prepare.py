@@ -1,0 +1,256 @@
+"""Documents to shards: reads, tokenizes, packs and writes what a `PrepareConfig` describes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_prep.config import PrepareConfig, config_hash, to_dict
+from data_prep.shards import (
+    MANIFEST_NAME,
+    SCHEMA_VERSION,
+    Manifest,
+    ShardRecord,
+    describe_shard,
+    shard_name,
+    write_atomic,
+    write_shard,
+)
+from data_prep.sources import SPLITS, FillerCache, SampleSource, build_source, stream_seed
+from data_prep.tokenize import TokenizerLike
+from data_prep.tokenizer import tokenizer_hash
+
+PLAN_NAME = "plan.json"
+Progress = Callable[[str, int, int], None]
+"""Called as progress("train shards", done, total)."""
+
+
+@dataclass(frozen=True)
+class _ShardPlan:
+    """A shard before it is written: samples `first..first+count` of a source's order."""
+
+    source: int
+    first: int
+    count: int
+
+
+def prepare_shards(
+    config: PrepareConfig,
+    out_dir: str | Path,
+    *,
+    tokenizer: TokenizerLike,
+    progress: Progress | None = None,
+) -> Manifest:
+    """Writes `out_dir/{train,eval}/shard-00000.tar …` and `manifest.json`, and gives the manifest.
+
+    Can be killed at any moment and called again: finished shards are kept, and the bytes are those
+    of an uninterrupted run. Where everything is there already, nothing is read or written.
+
+    Args:
+        config: what to prepare.
+        out_dir: folder of one configuration; made where it is missing.
+        tokenizer: a fast tokenizer (`data_prep.tokenizer.load_tokenizer`).
+        progress: told after each shard.
+
+    Raises:
+        ValueError: out_dir holds shards of another configuration, tokenizer or text; a source is
+            missing, unreadable or has too few samples.
+        OSError: the disk is full.
+    """
+    out_path = Path(out_dir)
+    if not config.sources:
+        raise ValueError("sources is empty; give at least one entry in data.sources")
+    identity: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
+        "config_hash": config.fingerprint(),
+        "tokenizer_hash": tokenizer_hash(tokenizer),
+    }
+    done = _finished(out_path, identity)
+    if done is not None:
+        return done
+    fillers: FillerCache = {}
+    sources = {
+        split: [build_source(config, n, split, tokenizer, fillers) for n in _wanted(config, split)]
+        for split in SPLITS
+    }
+    fingerprints = {
+        f"{split}/{source.name}": source.fingerprint
+        for split, built in sources.items()
+        for source in built
+    }
+    _claim_folder(out_path, {**identity, "text": fingerprints})
+    splits: dict[str, tuple[ShardRecord, ...]] = {}
+    for split, built in sources.items():
+        splits[split] = _write_split(config, split, built, out_path / split, progress)
+    manifest = Manifest(
+        tokenizer_hash=identity["tokenizer_hash"],
+        vocab_size=len(tokenizer),
+        seq_length=config.seq_length,
+        config_hash=identity["config_hash"],
+        config=to_dict(config),
+        splits=splits,
+        reports={
+            f"{split}/{source.name}": {**source.report, "fingerprint": source.fingerprint}
+            for split, built in sources.items()
+            for source in built
+        },
+    )
+    manifest.save(out_path)
+    return manifest
+
+
+def _wanted(config: PrepareConfig, split: str) -> list[int]:
+    """Sources that a split needs at all."""
+    wanted = config.train_samples if split == "train" else config.eval_samples
+    return [] if wanted == 0 else list(range(len(config.sources)))
+
+
+def _finished(out_path: Path, identity: dict[str, Any]) -> Manifest | None:
+    """The manifest of a folder that is complete for this configuration."""
+    if not (out_path / MANIFEST_NAME).is_file():
+        return None
+    manifest = Manifest.load(out_path)
+    if {name: getattr(manifest, name) for name in identity} != identity:
+        raise _other_configuration(out_path)
+    for record in (record for records in manifest.splits.values() for record in records):
+        file = out_path / record.path
+        if not file.is_file() or file.stat().st_size != record.num_bytes:
+            return None  # write again what is missing
+    return manifest
+
+
+def _other_configuration(out_path: Path) -> ValueError:
+    return ValueError(
+        f"{out_path} holds shards of another configuration, tokenizer or text; "
+        "name another run.dir or delete that folder"
+    )
+
+
+def _claim_folder(out_path: Path, plan: dict[str, Any]) -> None:
+    """Notes what the folder is for before the first shard, so that no two plans mix in it."""
+    out_path.mkdir(parents=True, exist_ok=True)
+    file = out_path / PLAN_NAME
+    data = json.dumps(plan, indent=1, sort_keys=True).encode() + b"\n"
+    if not file.exists():
+        write_atomic(file, data)
+    elif file.read_bytes() != data:
+        raise _other_configuration(out_path)
+
+
+def _write_split(
+    config: PrepareConfig,
+    split: str,
+    sources: list[SampleSource],
+    folder: Path,
+    progress: Progress | None,
+) -> tuple[ShardRecord, ...]:
+    wanted = config.train_samples if split == "train" else config.eval_samples
+    counts = share_samples(config, sources, wanted, split)
+    orders = [
+        _order(source, count, stream_seed(config.seed, number, f"order/{split}"))
+        for number, (source, count) in enumerate(zip(sources, counts, strict=True))
+    ]
+    plans = [
+        _ShardPlan(number, first, min(config.samples_per_shard, count - first))
+        for number, count in enumerate(counts)
+        for first in range(0, count, config.samples_per_shard)
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    for stale in folder.glob("*.partial"):
+        stale.unlink()
+    records: list[ShardRecord] = []
+    key = 0
+    for number, plan in enumerate(plans):
+        source, order = sources[plan.source], orders[plan.source]
+        path = folder / shard_name(number)
+        record = _existing(path, source, plan.count)
+        if record is None:
+            chosen = order[plan.first : plan.first + plan.count]
+            samples = (source.sample(int(i)) for i in chosen)
+            record = write_shard(path, samples, first_key=key, source=source.name, kind=source.kind)
+        records.append(record)
+        key += plan.count
+        if progress is not None:
+            progress(f"{split} shards", number + 1, len(plans))
+    return tuple(records)
+
+
+def _existing(path: Path, source: SampleSource, count: int) -> ShardRecord | None:
+    """The record of a shard that an earlier run finished; a damaged one is written again."""
+    if not path.exists():
+        return None
+    try:
+        record = describe_shard(path, source=source.name, kind=source.kind)
+    except ValueError:
+        return None
+    return record if record.num_samples == count else None
+
+
+def _order(source: SampleSource, count: int, seed: int) -> NDArray[np.int64]:
+    """Which samples are taken, in which order: generated ones by number, others shuffled."""
+    if source.num_available is None:
+        return np.arange(count, dtype=np.int64)
+    rng = np.random.default_rng(seed)
+    return rng.permutation(source.num_available)[:count].astype(np.int64)
+
+
+def share_samples(
+    config: PrepareConfig, sources: list[SampleSource], wanted: int | None, split: str
+) -> list[int]:
+    """How many samples each source gives: by weight, or all there are where no number is asked.
+
+    Raises:
+        ValueError: a generated source without a number, or a source with too few samples.
+    """
+    if not sources:
+        return []
+    if wanted is None:
+        for source in sources:
+            if source.num_available is None:
+                raise ValueError(
+                    f"source {source.name} is generated without end; set data.{split}_samples"
+                )
+        return [int(source.num_available or 0) for source in sources]
+    weights = np.asarray([s.weight for s in config.sources], dtype=np.float64)
+    exact = wanted * weights / weights.sum()
+    counts = np.floor(exact).astype(int)
+    # Largest remainders first; ties by position.
+    for i in np.argsort(counts - exact, kind="stable")[: wanted - int(counts.sum())]:
+        counts[i] += 1
+    for source, count in zip(sources, counts, strict=True):
+        available = source.num_available
+        if available is not None and available < count:
+            raise ValueError(
+                f"source {source.name} has {available} {split} samples, {count} are wanted; lower "
+                f"data.{split}_samples or its weight, or give it more text"
+            )
+    return [int(count) for count in counts]
+
+
+def plan_hash(config: PrepareConfig, tokenizer: TokenizerLike) -> str:
+    """A short name for (configuration, tokenizer), for folders shared between runs."""
+    plain = {"config": config.fingerprint(), "tokenizer": tokenizer_hash(tokenizer)}
+    return config_hash(plain)[:16]
+
+
+def summary(manifest: Manifest) -> list[dict[str, Any]]:
+    """One row for each split and source: samples, tokens, loss tokens, shards."""
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for split, records in manifest.splits.items():
+        for record in records:
+            row = rows.setdefault(
+                (split, record.source),
+                {"split": split, "source": record.source, "kind": record.kind}
+                | dict.fromkeys(("num_shards", "num_samples", "num_tokens", "num_loss_tokens"), 0),
+            )
+            row["num_shards"] += 1
+            for name in ("num_samples", "num_tokens", "num_loss_tokens"):
+                row[name] += dataclasses.asdict(record)[name]
+    return list(rows.values())

@@ -1,0 +1,315 @@
+"""Shards: webdataset tar files of samples, the same bytes whenever they are written.
+
+A sample is four members, `KEY.tokens.npy`, `KEY.loss_mask.npy`, `KEY.cu_seqlens.npy` and
+`KEY.meta.json` (no pickle). A tar file is written under a temporary name, flushed to disk and renamed, so that a
+name without `.partial` is always whole. Headers carry no time and no user.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import re
+import tarfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_prep.sample import Sample
+
+SCHEMA_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+MEMBERS = ("tokens.npy", "loss_mask.npy", "cu_seqlens.npy", "meta.json")
+_MEMBER_NAME = re.compile(
+    r"(?P<key>[0-9]{9})\.(?P<part>tokens\.npy|loss_mask\.npy|cu_seqlens\.npy|meta\.json)"
+)
+_DTYPES = {"tokens.npy": np.int32, "loss_mask.npy": np.uint8, "cu_seqlens.npy": np.int32}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardRecord:
+    """A shard as the manifest lists it; all its samples come from one source."""
+
+    path: str
+    """Relative to the manifest's folder."""
+    source: str
+    kind: str
+    num_samples: int
+    num_tokens: int
+    """Without padding."""
+    num_loss_tokens: int
+    num_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a folder of shards holds."""
+
+    tokenizer_hash: str
+    vocab_size: int
+    seq_length: int
+    config_hash: str
+    config: dict[str, Any]
+    splits: dict[str, tuple[ShardRecord, ...]]
+    reports: dict[str, dict[str, Any]]
+    """By `SPLIT/SOURCE`: what was read, dropped and unreadable, and the text's fingerprint."""
+    schema_version: int = SCHEMA_VERSION
+
+    def num_samples(self, split: str) -> int:
+        """Samples of a split."""
+        return sum(shard.num_samples for shard in self.splits.get(split, ()))
+
+    def num_tokens(self, split: str) -> int:
+        """Tokens of a split, without padding."""
+        return sum(shard.num_tokens for shard in self.splits.get(split, ()))
+
+    def save(self, folder: Path) -> None:
+        """Writes `manifest.json`, whole or not at all."""
+        text = json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True) + "\n"
+        write_atomic(folder / MANIFEST_NAME, text.encode())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Manifest:
+        """Reads a manifest, or the one in a folder.
+
+        Raises:
+            ValueError: missing, broken, or of another schema version.
+        """
+        path = Path(path)
+        file = path / MANIFEST_NAME if path.is_dir() else path
+        try:
+            plain = json.loads(file.read_bytes())
+            version = plain["schema_version"]
+            if version != SCHEMA_VERSION:
+                raise ValueError(
+                    f"{file} has schema_version={version}, this program reads {SCHEMA_VERSION}; "
+                    "run stage=prepare again"
+                )
+            splits = {
+                name: tuple(ShardRecord(**record) for record in records)
+                for name, records in plain.pop("splits").items()
+            }
+            return cls(splits=splits, **plain)
+        except FileNotFoundError:
+            raise ValueError(f"{file} is missing; run stage=prepare first") from None
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{file} is no manifest ({error}); delete its folder and run stage=prepare again"
+            ) from error
+
+
+def shard_name(number: int) -> str:
+    """File name of a split's shard."""
+    return f"shard-{number:05d}.tar"
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[io.BufferedWriter]:
+    """A file that appears under its name only once it is whole and on disk.
+
+    Raises:
+        OSError: with the mend, where the disk is full; nothing is left under either name.
+    """
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, "wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(partial, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(
+            error.errno,
+            f"could not write {path.name} ({error.strerror}); free space there and run the same "
+            "command again, finished shards are kept",
+        ) from error
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Writes a small file whole or not at all."""
+    with atomic_file(path) as stream:
+        stream.write(data)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_shard(
+    path: Path, samples: Iterable[Sample], *, first_key: int, source: str, kind: str
+) -> ShardRecord:
+    """Writes one shard and gives its record; keys count on from `first_key`."""
+    counts = _Counts()
+    with atomic_file(path) as stream:
+        digest = _HashingWriter(stream)
+        # USTAR: plain fixed headers, no extension records that would depend on the writer.
+        with tarfile.open(fileobj=digest, mode="w|", format=tarfile.USTAR_FORMAT) as archive:
+            for offset, sample in enumerate(samples):
+                for part, data in encode_sample(sample).items():
+                    info = tarfile.TarInfo(f"{first_key + offset:09d}.{part}")
+                    info.size = len(data)
+                    archive.addfile(info, io.BytesIO(data))
+                counts.add(sample.loss_mask, sample.meta)
+    return counts.record(path, source, kind, digest.sha256.hexdigest(), digest.num_bytes)
+
+
+def encode_sample(sample: Sample) -> dict[str, bytes]:
+    """The four members of a sample as bytes."""
+    members = {
+        "tokens.npy": _npy_bytes(sample.tokens.astype("<i4")),
+        "loss_mask.npy": _npy_bytes(sample.loss_mask.astype("u1")),
+        "cu_seqlens.npy": _npy_bytes(sample.cu_seqlens.astype("<i4")),
+        "meta.json": json.dumps(sample.meta, sort_keys=True, separators=(",", ":")).encode(),
+    }
+    assert tuple(members) == MEMBERS
+    return members
+
+
+def decode_sample(members: dict[str, bytes], where: str) -> Sample:
+    """A sample from its members.
+
+    Raises:
+        ValueError: a member of another type or shape.
+    """
+    arrays: dict[str, NDArray[Any]] = {}
+    try:
+        for part, dtype in _DTYPES.items():
+            array = np.load(io.BytesIO(members[part]), allow_pickle=False)
+            if array.dtype != dtype or array.ndim != 1:
+                raise ValueError(
+                    f"{part} is {array.dtype}{list(array.shape)}, not 1-D {dtype.__name__}"
+                )
+            arrays[part] = array
+        return Sample(
+            tokens=arrays["tokens.npy"],
+            loss_mask=arrays["loss_mask.npy"],
+            cu_seqlens=arrays["cu_seqlens.npy"],
+            meta=json.loads(members["meta.json"]),
+        )
+    except (ValueError, EOFError, KeyError) as error:
+        raise ValueError(f"{where} is broken: {error}; run stage=prepare again") from error
+
+
+def index_shard(data: io.BufferedReader, name: str) -> list[dict[str, tuple[int, int]]]:
+    """Where each sample's members lie in an open tar file: part -> (offset, size).
+
+    Raises:
+        ValueError: truncated, or with anything but plain members of known names (links, paths).
+    """
+    samples: dict[str, dict[str, tuple[int, int]]] = {}
+    try:
+        with tarfile.open(fileobj=data, mode="r:") as archive:
+            for info in archive:
+                match = _MEMBER_NAME.fullmatch(info.name)
+                if not info.isreg() or match is None:
+                    raise ValueError(
+                        f"{name} holds {info.name!r}, which is no member of a sample; "
+                        "delete it and run stage=prepare again"
+                    )
+                parts = samples.setdefault(match["key"], {})
+                parts[match["part"]] = (info.offset_data, info.size)
+    except (tarfile.TarError, EOFError, OSError) as error:
+        raise ValueError(
+            f"{name} is no whole tar file ({error}); delete it and run stage=prepare again"
+        ) from error
+    for key, parts in samples.items():
+        if len(parts) != len(MEMBERS):
+            raise ValueError(
+                f"{name}: sample {key} lacks {sorted(set(MEMBERS) - set(parts))}; "
+                "delete it and run stage=prepare again"
+            )
+    return list(samples.values())
+
+
+def read_shard(path: Path) -> Iterator[Sample]:
+    """All samples of a shard, in order."""
+    with open(path, "rb") as stream:
+        for number, parts in enumerate(index_shard(stream, path.name)):
+            yield read_sample(stream, parts, f"{path.name}, sample {number}")
+
+
+def read_sample(stream: io.BufferedReader, parts: dict[str, tuple[int, int]], where: str) -> Sample:
+    """One sample of an open shard by its index entry."""
+    descriptor = stream.fileno()
+    members = {part: os.pread(descriptor, size, at) for part, (at, size) in parts.items()}
+    return decode_sample(members, where)
+
+
+def describe_shard(path: Path, *, source: str, kind: str) -> ShardRecord:
+    """The record of a finished shard, by reading it.
+
+    Raises:
+        ValueError: the file is not whole.
+    """
+    counts = _Counts()
+    for sample in read_shard(path):
+        counts.add(sample.loss_mask, sample.meta)
+    return counts.record(path, source, kind, file_sha256(path), path.stat().st_size)
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 (hex) of a file."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _npy_bytes(array: NDArray[Any]) -> bytes:
+    buffer = io.BytesIO()
+    np.lib.format.write_array(buffer, array, version=(1, 0), allow_pickle=False)
+    return buffer.getvalue()
+
+
+class _HashingWriter(io.RawIOBase):
+    """Passes bytes on and hashes them."""
+
+    def __init__(self, stream: io.BufferedWriter) -> None:
+        self._stream = stream
+        self.sha256 = hashlib.sha256()
+        self.num_bytes = 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self.sha256.update(data)
+        self.num_bytes += len(data)
+        return self._stream.write(data)
+
+
+class _Counts:
+    """Adds up a shard's samples."""
+
+    def __init__(self) -> None:
+        self.samples = self.tokens = self.loss_tokens = 0
+
+    def add(self, loss_mask: NDArray[np.uint8], meta: dict[str, Any]) -> None:
+        self.samples += 1
+        self.tokens += len(loss_mask) - int(meta.get("num_padding", 0))
+        self.loss_tokens += int(loss_mask.sum())
+
+    def record(self, path: Path, source: str, kind: str, sha256: str, size: int) -> ShardRecord:
+        return ShardRecord(
+            path=f"{path.parent.name}/{path.name}",
+            source=source,
+            kind=kind,
+            num_samples=self.samples,
+            num_tokens=self.tokens,
+            num_loss_tokens=self.loss_tokens,
+            num_bytes=size,
+            sha256=sha256,
+        )
