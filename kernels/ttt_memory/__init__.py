@@ -7,10 +7,10 @@ that cannot run is an error, never another function in silence. The derivation i
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from kernels.ttt_memory import reference
+from kernels.ttt_memory.checks import check_inputs
 from kernels.ttt_memory.reference import FastWeights, MemoryState, initial_state
 
 __all__ = ["BACKENDS", "FastWeights", "MemoryState", "initial_state", "memory_scan"]
@@ -30,7 +30,7 @@ def memory_scan(
     chunk_size: int,
     cu_seqlens: Tensor | None = None,
     clip: float | None = None,
-    decay: float | torch.Tensor | None = None,
+    decay: float | Tensor | None = None,
     return_state: bool = True,
     backend: str = "auto",
 ) -> tuple[Tensor, MemoryState | None]:
@@ -50,6 +50,7 @@ def memory_scan(
         raise ValueError(
             "backend='triton' cannot run: the memory has no Triton kernel yet; set backend='reference' or 'auto'"
         )
+    check_inputs(q, k, v, eta, mu, weights, state, chunk_size, clip, decay)
     return reference.memory_scan(
         q, k, v, eta, mu, weights, state,
         chunk_size=chunk_size, cu_seqlens=cu_seqlens, clip=clip, decay=decay, return_state=return_state,
