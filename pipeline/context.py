@@ -26,6 +26,8 @@ class StageContext:
 
     entry: str
     """The recipe's entry, `convert` or `convert@mamba2`."""
+    branch: str
+    """The entry's recurrent branch, `allmem` or `mamba2`: its own, or the recipe's."""
     run_dir: Path
     """Folder of the whole run."""
     ranks: Ranks

@@ -123,11 +123,15 @@ def sum_over_ranks(values: Sequence[float], device: torch.device) -> list[float]
     return [float(value) for value in total.tolist()]
 
 
+class MainRankFailedError(RuntimeError):
+    """Rank 0 failed at something that the others wait for; it has told the user why."""
+
+
 def on_main(ranks: Ranks, action: Callable[[], Result]) -> Result:
     """Do something on rank 0 and give every rank its result, or its error.
 
     Raises:
-        Exception: on rank 0 what the action raised; elsewhere a RuntimeError with its text, so
+        Exception: on rank 0 what the action raised; elsewhere a MainRankFailedError with its text, so
             that no rank waits for ever for a rank 0 that failed.
     """
     if ranks.world_size == 1:
@@ -137,12 +141,12 @@ def on_main(ranks: Ranks, action: Callable[[], Result]) -> Result:
     if ranks.is_main:
         try:
             outcome[0] = action()
-        except Exception as error:  # re-raised below, after the others know
+        except Exception as error:  # noqa: BLE001 - re-raised below, after the others know
             failure = error
             outcome[1] = f"{type(error).__name__}: {error}"
     dist.broadcast_object_list(outcome, src=0)
     if failure is not None:
         raise failure
     if outcome[1] is not None:
-        raise RuntimeError(f"rank 0 failed: {outcome[1]}")
+        raise MainRankFailedError(f"rank 0 failed: {outcome[1]}")
     return outcome[0]  # type: ignore[return-value]

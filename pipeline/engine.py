@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.batches import MicroBatch
 from pipeline.distributed import Ranks, sum_over_ranks
-from pipeline.objectives import MicroBatch, Objective
+from pipeline.objectives import Objective
 from pipeline.schema import OptimSettings
 
 if not torch.cuda.is_available():
@@ -47,6 +48,8 @@ class StepResult:
     """Mean loss over all loss tokens of the step, over all ranks."""
     grad_norm: float
     """Global L2 norm of the gradient before clipping."""
+    loss_tokens: int
+    """Loss tokens of the step, over all ranks."""
     metrics: dict[str, float]
     """Further means of the same kind, by name."""
 
@@ -189,7 +192,10 @@ class Engine:
                 "checkpoint"
             )
         return StepResult(
-            loss=totals[0], grad_norm=grad_norm, metrics=dict(zip(sums, totals[1:], strict=True))
+            loss=totals[0],
+            grad_norm=grad_norm,
+            loss_tokens=int(count),
+            metrics=dict(zip(sums, totals[1:], strict=True)),
         )
 
     def _clip(self) -> float:

@@ -27,26 +27,6 @@ class LossSums(NamedTuple):
     """[]: next-token cross-entropy; 0 where no targets were given."""
 
 
-def target_mask(loss_mask: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-    """Which positions predict a loss token: `loss_mask` moved one to the left.
-
-    The first token of a packed document is never a target: nothing before it belongs to it.
-
-    Args:
-        loss_mask: [B, T] bool, true where the token at this index is a target.
-        cu_seqlens: [N+1] borders of the documents of a single packed row, or None.
-
-    Returns:
-        [B, T] bool; the last column is false.
-    """
-    mask = torch.zeros_like(loss_mask, dtype=torch.bool)
-    mask[:, :-1] = loss_mask[:, 1:].bool()
-    if cu_seqlens is not None:
-        inner = cu_seqlens[1:-1].long()
-        mask[:, inner - 1] = False
-    return mask
-
-
 def slice_tokens(vocab_size: int, max_elements: int) -> int:
     """Tokens of a slice such that its logits have at most `max_elements` numbers (at least one)."""
     return max(1, max_elements // vocab_size)

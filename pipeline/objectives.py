@@ -10,30 +10,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from allmem_megatron.config import MixerSettings
 from allmem_megatron.model import AllMemGPTModel
-from pipeline.losses import distillation_loss, next_token_loss, target_mask
-
-
-class MicroBatch(NamedTuple):
-    """What one forward pass gets, on the rank's device."""
-
-    tokens: Tensor
-    """[B, T] int64."""
-    targets: Tensor
-    """[B, T] bool: positions whose next token is a loss token."""
-    cu_seqlens: Tensor | None
-    """[N+1] borders of packed documents (B = 1), or None."""
-
-    @classmethod
-    def of(cls, tokens: Tensor, loss_mask: Tensor, cu_seqlens: Tensor | None) -> MicroBatch:
-        """Move the loss mask from targets to the positions that predict them."""
-        return cls(tokens, target_mask(loss_mask, cu_seqlens), cu_seqlens)
+from pipeline.batches import MicroBatch
+from pipeline.losses import distillation_loss, next_token_loss
 
 
 class Objective(nn.Module):
@@ -56,7 +40,10 @@ class Objective(nn.Module):
 
     def output_weight(self) -> Tensor:
         """[V, D] weight of the output projection, tied or not."""
-        weight = self.model.shared_embedding_or_output_weight()
+        if self.model.share_embeddings_and_output_weights:
+            weight = self.model.shared_embedding_or_output_weight()
+        else:
+            weight = self.model.output_layer.weight
         assert isinstance(weight, Tensor)
         return weight
 

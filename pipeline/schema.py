@@ -71,9 +71,6 @@ class ModelSettings:
     """Hugging Face folder with safetensors, or a .gguf file; relative to the working directory or
     to the project. Without it the model is made from `scratch`."""
 
-    tokenizer: str | None = None
-    """Folder of a Hugging Face tokenizer; default: the one beside the weights."""
-
     scratch: BaseModelConfig | None = None
     """Sizes of a model that starts from random weights; needs the stage `pretrain`."""
 
@@ -251,8 +248,9 @@ class TrainSettings:
     seq_length: int | None = None
     """Tokens of a sequence; shorter than the shards' keeps the first ones. Default: the shards'."""
 
-    kinds: dict[str, float] = field(default_factory=dict)
-    """Share of each kind of document (`text`, `recall`, `chat`); default: as the shards hold them."""
+    weights: dict[str, float] = field(default_factory=dict)
+    """Share of each source, or of each kind (`text`, `recall`, `chat`); default: every sample of
+    the shards once an epoch."""
 
     lr: float = 1e-4
     """Peak learning rate."""
@@ -313,10 +311,10 @@ class TrainSettings:
                 f"{section}.batch_size={self.batch_size} is not a multiple of micro_batch_size="
                 f"{micro}; set {section}.batch_size={-(-self.batch_size // micro) * micro}"
             )
-        for kind, share in self.kinds.items():
+        for source, share in self.weights.items():
             if share < 0:
                 raise ValueError(
-                    f"{section}.kinds.{kind}={share} must not be negative; set it to 0 or more"
+                    f"{section}.weights.{source}={share} must not be negative; set it to 0 or more"
                 )
 
 

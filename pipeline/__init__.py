@@ -1,0 +1,1 @@
+"""The command line and its stages: the only layer that knows DeepSpeed, MLflow and Hydra."""

@@ -1,0 +1,92 @@
+"""From the loader's batches to what one forward pass takes.
+
+Shape letters: `B` sequences, `T` tokens of a sequence, `N` packed documents.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from data_prep.loader import Batch
+
+
+def target_mask(loss_mask: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+    """Which positions predict a loss token: `loss_mask` moved one to the left.
+
+    The first token of a packed document is never a target: nothing before it belongs to it.
+
+    Args:
+        loss_mask: [B, T] bool, true where the token at this index is a target.
+        cu_seqlens: [N+1] borders of the documents of a single packed row (B = 1), or None.
+
+    Returns:
+        [B, T] bool; the last column is false.
+    """
+    mask = torch.zeros_like(loss_mask, dtype=torch.bool)
+    mask[:, :-1] = loss_mask[:, 1:].bool()
+    if cu_seqlens is not None:
+        inner = cu_seqlens[1:-1].long()
+        mask[:, inner - 1] = False
+    return mask
+
+
+class MicroBatch(NamedTuple):
+    """What one forward pass gets, on the rank's device."""
+
+    tokens: Tensor
+    """[B, T] int64; with `cu_seqlens` the rows lie one after the other in a single one."""
+    targets: Tensor
+    """[B, T] bool: positions whose next token is a loss token."""
+    cu_seqlens: Tensor | None
+    """[N+1] int32 borders of packed documents (B = 1), or None."""
+
+    @classmethod
+    def of(cls, tokens: Tensor, loss_mask: Tensor, cu_seqlens: Tensor | None) -> MicroBatch:
+        """Move the loss mask from targets to the positions that predict them."""
+        if cu_seqlens is not None:
+            tokens, loss_mask = tokens.reshape(1, -1), loss_mask.reshape(1, -1)
+        return cls(tokens, target_mask(loss_mask, cu_seqlens), cu_seqlens)
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same on another device."""
+        return MicroBatch(*(None if x is None else x.to(device, non_blocking=True) for x in self))
+
+
+def split_batch(
+    batch: Batch, micro_batch_size: int, seq_length: int | None, stage: str
+) -> list[MicroBatch]:
+    """Cut a batch into micro-batches of `micro_batch_size` rows and `seq_length` tokens.
+
+    Raises:
+        ValueError: `seq_length` exceeds the shards'.
+    """
+    num_rows, stored = batch.tokens.shape
+    length = stored if seq_length is None else seq_length
+    if length > stored:
+        raise ValueError(
+            f"{stage}.seq_length={length} exceeds the shards' {stored} tokens; set "
+            f"data.seq_length={length} or {stage}.seq_length={stored}"
+        )
+    parts = []
+    for first in range(0, num_rows, micro_batch_size):
+        rows = slice(first, min(first + micro_batch_size, num_rows))
+        borders = batch.cu_seqlens
+        if borders is not None:
+            borders = _borders_of_rows(borders, rows, stored, length)
+        parts.append(
+            MicroBatch.of(batch.tokens[rows, :length], batch.loss_mask[rows, :length], borders)
+        )
+    return parts
+
+
+def _borders_of_rows(borders: Tensor, rows: slice, stored: int, length: int) -> Tensor:
+    """Borders of some rows, each cut to its first `length` of `stored` tokens."""
+    chosen = [0]
+    for place, row in enumerate(range(rows.start, rows.stop)):
+        inside = borders[(borders > row * stored) & (borders < row * stored + length)]
+        chosen.extend((inside - row * stored + place * length).tolist())
+        chosen.append((place + 1) * length)
+    return torch.tensor(chosen, dtype=torch.int32)

@@ -1,0 +1,62 @@
+"""What decides a stage's result, as a flat dictionary and its hash.
+
+A stage that is done is skipped while its fingerprint is the same, and a checkpoint of another
+fingerprint is refused. What changes nothing but speed, place or logs is left out, so that a run may
+go on with another number of ranks, other micro-batches or another tracking server.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from pipeline.config import flatten, split_entry, to_plain
+from pipeline.models import branch_of, lineage
+from pipeline.schema import TRAINING_STAGES, RunConfig
+
+_FREE = frozenset(
+    (
+        "micro_batch_size",
+        "checkpoint_every",
+        "keep_last",
+        "log_every",
+        "logits_elements",
+        "save_to",
+    )
+)
+"""Keys of a training section that do not decide its result."""
+
+
+def fingerprint(config: RunConfig, entry: str) -> dict[str, Any]:
+    """Flat `{key: value}` of all that decides the result of a stage entry."""
+    name, _ = split_entry(entry)
+    branch = branch_of(config, entry)
+    plain = to_plain(config)
+    chosen: dict[str, Any] = {"data": plain["data"], "model": plain["model"]}
+    if name == "prepare":
+        return flatten(chosen)
+    chosen["run"] = {"seed": config.run.seed}
+    chosen["parallel"] = {"dtype": config.parallel.dtype, "device": config.parallel.device}
+    if name != "pretrain":
+        chosen["mixer"] = {**plain["mixer"], "branch": branch}
+    chosen["optim"] = plain["optim"]
+    if name in TRAINING_STAGES:
+        upstream = lineage(config, branch=branch, before=entry)
+        sections = {split_entry(other)[0] for other in upstream} | {name}
+        if name == "pretrain":
+            sections = {name}
+    else:
+        sections = {split_entry(other)[0] for other in config.stages} & set(TRAINING_STAGES)
+        chosen["stages"] = list(config.stages)
+        if name == "evaluate":
+            chosen["eval"] = plain["eval"]
+    for section in sections:
+        values = plain[section]
+        chosen[section] = {key: value for key, value in values.items() if key not in _FREE}
+    return flatten(chosen)
+
+
+def digest(flat: dict[str, Any]) -> str:
+    """SHA-256 of a fingerprint."""
+    return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,172 @@
+"""Models as the stages need them: the base, its branch, and what earlier stages trained.
+
+The weights of a stage are the base model's with every earlier training stage's newest checkpoint
+laid over them, in the recipe's order. A stage `convert@mamba2` belongs to the branch `mamba2`: only
+stages without a branch of their own (`pretrain`) and those of the same branch come before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from allmem_megatron.base_files import TOKENIZER_FILES
+from allmem_megatron.config import BaseModelConfig
+from allmem_megatron.convert import BaseCheckpoint, load_base, load_base_into
+from allmem_megatron.convert import from_hf as from_hf_names
+from allmem_megatron.model import AllMemGPTModel, build_model
+from allmem_megatron.sharding import shard_of
+from pipeline.checkpoint import latest_checkpoint, load_checkpoint
+from pipeline.config import resolve_path, split_entry
+from pipeline.context import folder_name
+from pipeline.schema import TRAINING_STAGES, ParallelSettings, RunConfig
+
+
+def choose_dtype(parallel: ParallelSettings, device: torch.device) -> torch.dtype:
+    """The type of weights and activations: bfloat16 where the hardware has it."""
+    if parallel.dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return torch.bfloat16 if parallel.dtype == "bfloat16" else torch.float32
+
+
+def branch_of(config: RunConfig, entry: str) -> str:
+    """The recurrent branch of an entry: its own, or the recipe's main one."""
+    return split_entry(entry)[1] or config.mixer.branch
+
+
+def lineage(config: RunConfig, *, branch: str, before: str | None = None) -> list[str]:
+    """Training entries whose weights a model of `branch` holds, in order.
+
+    Args:
+        config: gives the recipe's stages and its own branch.
+        branch: `none`, `allmem` or `mamba2`; `none` takes the base model's stages alone.
+        before: stop at this entry; default: all of the recipe.
+    """
+    found = []
+    for entry in config.stages:
+        if entry == before:
+            break
+        name, _ = split_entry(entry)
+        if name == "pretrain" or (
+            name in TRAINING_STAGES and branch_of(config, entry) == branch
+        ):
+            found.append(entry)
+    return found
+
+
+def open_base(config: RunConfig) -> BaseCheckpoint | None:
+    """The base model on disk, or None where the recipe makes it from scratch."""
+    return None if config.model.path is None else load_base(resolve_path(config.model.path))
+
+
+def base_config(config: RunConfig) -> BaseModelConfig:
+    """Sizes of the base model."""
+    if config.model.scratch is not None:
+        return config.model.scratch
+    base = open_base(config)
+    assert base is not None
+    return base.config
+
+
+def load_model(
+    config: RunConfig,
+    run_dir: Path,
+    *,
+    branch: str,
+    device: torch.device,
+    before: str | None = None,
+) -> AllMemGPTModel:
+    """Build a model and fill it with the base's weights and those of the stages before.
+
+    Args:
+        config: the run's configuration.
+        run_dir: where the stages' checkpoints are.
+        branch: `none`, `allmem` or `mamba2`.
+        device: where the model goes.
+        before: the entry that asks; stages from it on are left out. Default: all stages count.
+
+    Raises:
+        ValueError: a stage before has no checkpoint yet, or sizes do not fit.
+    """
+    base = open_base(config)
+    sizes = config.model.scratch if base is None else base.config
+    assert sizes is not None
+    model = build_model(
+        sizes,
+        branch=branch,
+        memory=None if branch == "none" else config.mixer.memory,
+        dtype=choose_dtype(config.parallel, device),
+        seed=config.run.seed,
+        recompute=config.parallel.recompute,
+        embedding_std=config.model.embedding_std,
+    )
+    if base is not None:
+        load_base_into(model, base)
+    for entry in lineage(config, branch=branch, before=before):
+        path = latest_checkpoint(run_dir / folder_name(entry) / "checkpoints")
+        if path is None:
+            raise ValueError(
+                f"stage {entry} has no checkpoint in {run_dir}; run it first: "
+                f"stage={entry} recipe={config.recipe} run.dir={run_dir}"
+            )
+        load_weights(model, load_checkpoint(path, with_optimizer=False).model)
+    return model.to(device)
+
+
+def load_weights(model: AllMemGPTModel, tensors: Mapping[str, Tensor]) -> None:
+    """Copy some weights, whole and by Hugging Face name, into the model.
+
+    Raises:
+        ValueError: a name or a shape that the model does not have.
+    """
+    parameters = dict(model.named_parameters())
+    for name, value in parts_for(model, tensors).items():
+        with torch.no_grad():
+            parameters[name].copy_(value)
+
+
+def parts_for(model: AllMemGPTModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by Hugging Face name → this rank's parts by the model's parameter names.
+
+    Raises:
+        ValueError: a name or a shape that the model does not have.
+    """
+    parameters = dict(model.named_parameters())
+    parts = {}
+    for name, whole in from_hf_names(tensors, model.base_config).items():
+        if name not in parameters:
+            raise ValueError(
+                f"{name} of the checkpoint is no parameter of this model; use the configuration "
+                "that it was made with"
+            )
+        part = shard_of(whole, parameters[name])
+        if part.shape != parameters[name].shape:
+            raise ValueError(
+                f"{name} has shape {tuple(part.shape)} in the checkpoint and "
+                f"{tuple(parameters[name].shape)} in the model; use the configuration that it was "
+                "made with"
+            )
+        parts[name] = part
+    return parts
+
+
+def trained_parameters(model: AllMemGPTModel, which: str) -> dict[str, nn.Parameter]:
+    """Parameters to train by name, `base`, `memory` or `all`; the others are frozen."""
+    chosen = dict(model.base_parameters()) if which != "memory" else {}
+    if which != "base":
+        chosen.update(model.memory_parameters())
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in chosen)
+    return chosen
+
+
+def tokenizer_files(config: RunConfig) -> tuple[Path, ...]:
+    """Files that make up the tokenizer: those of `data.tokenizer`, or the base model's own."""
+    folder = resolve_path(config.data.tokenizer) if config.data.tokenizer else None
+    if folder is not None and folder.is_dir():
+        return tuple(folder / name for name in TOKENIZER_FILES if (folder / name).is_file())
+    base = open_base(config)
+    return () if base is None else base.tokenizer_files

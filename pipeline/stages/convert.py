@@ -1,0 +1,40 @@
+"""`stage=convert`: the frozen base teaches window + memory its own full-attention distribution.
+
+AllMem (arXiv 2602.13680), conversion recipe: only the memory branch is trained, by the forward
+KL(teacher || student) at the loss tokens; s, W and c are drawn anew in each step.
+"""
+
+from __future__ import annotations
+
+from pipeline.context import StageContext
+from pipeline.models import load_model, trained_parameters
+from pipeline.objectives import Distill
+from pipeline.schedule import draw_mixer
+from pipeline.schema import RunConfig
+from pipeline.train_loop import Plan, train
+
+
+def run(config: RunConfig, context: StageContext) -> None:
+    """Distil the base model into the entry's branch."""
+    settings = config.convert
+    model = load_model(
+        config, context.run_dir, branch=context.branch, device=context.device, before=context.entry
+    )
+    objective = Distill(
+        model,
+        max_elements=settings.logits_elements,
+        kl_weight=settings.kl_weight,
+        ce_weight=settings.ce_weight,
+    )
+    train(
+        config,
+        context,
+        Plan(
+            objective=objective,
+            trained=trained_parameters(model, "memory"),
+            settings=settings,
+            mixer_of_step=lambda step: draw_mixer(
+                step, settings, seed=config.run.seed, mode=context.branch
+            ),
+        ),
+    )

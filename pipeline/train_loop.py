@@ -1,0 +1,270 @@
+"""The loop that all training stages share: batches, steps, metrics, checkpoints, resuming.
+
+All that a step does is decided by (configuration, seed, step, loader state, weights, moments), and a
+checkpoint holds the last four, so a killed run goes on as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+from torch import Tensor, nn
+
+from allmem_megatron.config import MixerSettings
+from allmem_megatron.convert import model_to_hf
+from data_prep.loader import Batch, ShardLoader
+from pipeline.checkpoint import (
+    Checkpoint,
+    latest_checkpoint,
+    load_checkpoint,
+    refuse_other_config,
+    remove_unfinished,
+    save_checkpoint,
+)
+from pipeline.console import Advance
+from pipeline.context import StageContext
+from pipeline.distributed import barrier, on_main, seed_everything, sum_over_ranks
+from pipeline.engine import MOMENTS, Engine
+from pipeline.models import choose_dtype, parts_for
+from pipeline.batches import MicroBatch, split_batch
+from pipeline.objectives import Objective
+from pipeline.schedule import step_seed, wsd_lr
+from pipeline.schema import RunConfig, TrainSettings
+
+MEMORY_STATISTICS_EVERY = 20
+"""Lines of `metrics.jsonl` between those with the memory's statistics."""
+
+
+class StopRequested(Exception):  # noqa: N818 - not an error: the scheduler asked for a pause
+    """The process was asked to end; a checkpoint was written first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a training stage adds to the shared loop."""
+
+    objective: Objective
+    """The model and its loss."""
+    trained: dict[str, nn.Parameter]
+    """Parameters to train by the model's own names."""
+    settings: TrainSettings
+    """Steps, batch, schedule, checkpoints."""
+    mixer_of_step: Callable[[int], MixerSettings]
+    """The student's mixer at each step."""
+
+
+def train(config: RunConfig, context: StageContext, plan: Plan) -> None:
+    """Train until `steps`, from the newest checkpoint if there is one.
+
+    Raises:
+        ValueError: the batch does not split over the ranks, or the checkpoint is of another
+            configuration.
+        StopRequested: SIGTERM or SIGUSR1 came; the state is on disk.
+    """
+    _Trainer(config, context, plan).run()
+
+
+class _Trainer:
+    def __init__(self, config: RunConfig, context: StageContext, plan: Plan) -> None:
+        self.config, self.context, self.plan = config, context, plan
+        self.settings = plan.settings
+        self.model = plan.objective.model
+        self.folder = context.dir / "checkpoints"
+        per_rank, micro = _split_over_ranks(context.name, plan.settings, context.ranks.world_size)
+        self.micro = micro
+        self.loader = ShardLoader(
+            context.data_dir,
+            split="train",
+            batch_size=per_rank,
+            seed=config.run.seed,
+            dp_rank=context.ranks.rank,
+            dp_size=context.ranks.world_size,
+            weights=plan.settings.weights or None,
+        )
+        self.engine = Engine(
+            plan.objective,
+            plan.trained,
+            ranks=context.ranks,
+            optim=config.optim,
+            zero_stage=config.parallel.zero_stage,
+            dtype=choose_dtype(config.parallel, context.device),
+            micro_batch_size=micro,
+            num_micro_batches=per_rank // micro,
+        )
+        self.step = self.tokens = self.loss_tokens = 0
+        self.stop = False
+
+    def run(self) -> None:
+        if self.context.ranks.is_main:
+            remove_unfinished(self.folder)
+        self._resume()
+        on_main(self.context.ranks, lambda: self.context.metrics.truncate_after(self.step))
+        title = f"{self.context.entry}:"
+        with (
+            _on_signal(self._request_stop),
+            self.context.reporter.progress(title, self.settings.steps) as advance,
+        ):
+            try:
+                self._loop(advance)
+            finally:
+                self.engine.close()
+                self.context.metrics.close()
+
+    def _resume(self) -> None:
+        path = latest_checkpoint(self.folder)
+        if path is None:
+            return
+        saved = load_checkpoint(path)
+        refuse_other_config(path, saved.state["config"], self.context.fingerprint)
+        self._restore(saved)
+        self.context.say(f"{self.context.entry}: going on after step {self.step} ({path.name})")
+
+    def _restore(self, saved: Checkpoint) -> None:
+        moments = {
+            moment: parts_for(
+                self.model,
+                {
+                    name.removeprefix(f"{moment}."): value
+                    for name, value in saved.optimizer.items()
+                    if name.startswith(f"{moment}.")
+                },
+            )
+            for moment in MOMENTS
+        }
+        self.engine.load(parts_for(self.model, saved.model), moments, step=saved.step)
+        self.step = saved.step
+        self.tokens = int(saved.state["tokens"])
+        self.loss_tokens = int(saved.state["loss_tokens"])
+        self.loader.load_state_dict(saved.state["loader"])
+
+    def _loop(self, advance: Advance) -> None:
+        batches = iter(self.loader)
+        steps, log_every = self.settings.steps, self.settings.log_every
+        last_time, last_tokens, lines = time.perf_counter(), self.tokens, 0
+        while self.step < steps:
+            lr = wsd_lr(self.step, self.settings)
+            seed_everything(step_seed(self.config.run.seed, self.step, self.context.ranks.rank))
+            micro_batches = self._micro_batches(next(batches))
+            with self.plan.objective.active(self.plan.mixer_of_step(self.step)):
+                result = self.engine.train_step(micro_batches, lr=lr)
+            self.step += 1
+            self.tokens += sum(b.tokens.numel() for b in micro_batches) * self._world
+            self.loss_tokens += result.loss_tokens
+            if self.step % log_every == 0 or self.step == steps:
+                now = time.perf_counter()
+                values: dict[str, Any] = {
+                    "tokens": self.tokens,
+                    "loss_tokens": self.loss_tokens,
+                    "train/loss": result.loss,
+                    "train/grad_norm": result.grad_norm,
+                    "train/lr": lr,
+                    "tokens_per_s": (self.tokens - last_tokens) / (now - last_time),
+                    **result.metrics,
+                }
+                if lines % MEMORY_STATISTICS_EVERY == 0 or self.step == steps:
+                    statistics = self.model.memory_statistics()
+                    values.update({f"memory/{key}": value for key, value in statistics.items()})
+                lines += 1
+                self.context.log(self.step, values)
+                note = f"loss {result.loss:.4f}  {values['tokens_per_s']:.0f} tokens/s"
+                advance(self.step, note)
+                last_time, last_tokens = now, self.tokens
+            stop = self._must_stop()
+            if self.step % self.settings.checkpoint_every == 0 or self.step == steps or stop:
+                before = time.perf_counter()
+                self._save()
+                last_time += time.perf_counter() - before
+            if stop and self.step < steps:
+                raise StopRequested(
+                    f"{self.context.entry} stopped after step {self.step}; the same command goes on"
+                )
+
+    @property
+    def _world(self) -> int:
+        return self.context.ranks.world_size
+
+    def _micro_batches(self, batch: Batch) -> list[MicroBatch]:
+        largest, vocab_size = int(batch.tokens.max()), self.model.base_config.vocab_size
+        if largest >= vocab_size:
+            raise ValueError(
+                f"the shards hold token {largest}, the model's vocab_size is {vocab_size}; set "
+                "data.tokenizer to the model's own and prepare again"
+            )
+        split = split_batch(batch, self.micro, self.settings.seq_length, self.context.name)
+        return [part.to(self.context.device) for part in split]
+
+    def _save(self) -> None:
+        tensors = model_to_hf(self.model, self.engine.weights())
+        optimizer: dict[str, Tensor] = {}
+        for moment, values in self.engine.moments().items():
+            for name, value in model_to_hf(self.model, values).items():
+                optimizer[f"{moment}.{name}"] = value
+        state = {
+            "tokens": self.tokens,
+            "loss_tokens": self.loss_tokens,
+            "loader": self.loader.state_dict(),
+            "config": dict(self.context.fingerprint),
+            "commit": self.context.commit,
+        }
+        on_main(
+            self.context.ranks,
+            lambda: str(
+                save_checkpoint(
+                    self.folder,
+                    step=self.step,
+                    model=tensors,
+                    optimizer=optimizer,
+                    state=state,
+                    keep_last=self.settings.keep_last,
+                )
+            ),
+        )
+        barrier()
+
+    def _request_stop(self, number: int, frame: FrameType | None) -> None:
+        del number, frame
+        self.stop = True
+
+    def _must_stop(self) -> bool:
+        if self._world == 1:
+            return self.stop
+        return sum_over_ranks([float(self.stop)], self.context.device)[0] > 0
+
+
+def _split_over_ranks(name: str, settings: TrainSettings, world_size: int) -> tuple[int, int]:
+    """Sequences per step and per forward pass of one rank.
+
+    Raises:
+        ValueError: the batch does not split.
+    """
+    per_rank, rest = divmod(settings.batch_size, world_size)
+    if rest:
+        raise ValueError(
+            f"{name}.batch_size={settings.batch_size} does not split over {world_size} ranks; "
+            f"set {name}.batch_size={(per_rank + 1) * world_size}"
+        )
+    micro = settings.micro_batch_size or per_rank
+    if per_rank % micro:
+        raise ValueError(
+            f"{name}.micro_batch_size={micro} does not divide the {per_rank} sequences of a rank; "
+            f"set {name}.micro_batch_size=1 or a divisor of {per_rank}"
+        )
+    return per_rank, micro
+
+
+@contextlib.contextmanager
+def _on_signal(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Call a handler on SIGTERM and SIGUSR1 while the block runs."""
+    numbers = (signal.SIGTERM, signal.SIGUSR1)
+    before = [signal.signal(number, handler) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, old in zip(numbers, before, strict=True):
+            signal.signal(number, old)
