@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig
@@ -240,12 +241,11 @@ def _replacing(out: Path) -> Iterator[Path]:
         yield partial
         for path in (*partial.iterdir(), partial):
             _fsync(path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise OSError(
-            error.errno,
-            f"export to {str(out)!r} stopped: {error.strerror or error}; nothing was left there, "
-            "make room or choose another run.dir and run the export again",
+            f"export to {str(out)!r} stopped: {error}; nothing was left there, make room or choose "
+            "another folder and run the export again"
         ) from error
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -289,7 +289,9 @@ def _write_weights(
             total += tensor.numel() * tensor.element_size()
             where[name] = file
         save_file(held, folder / file, metadata={"format": "pt"})
-        shutil.copymode(folder / "modeling_allmem.py", folder / file)  # it is made for the owner only
+        shutil.copymode(
+            folder / "modeling_allmem.py", folder / file
+        )  # it is made for the owner only
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": where}
         _write_json(folder / "model.safetensors.index.json", index)

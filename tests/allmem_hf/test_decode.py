@@ -150,7 +150,9 @@ def test_beam_search_finds_the_same_with_and_without_cache(tiny, tokens, branch)
     ids, mask = left_padded([tokens(1, 12)[0], tokens(1, 5)[0]])
     asked = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False, "num_beams": 3}
     cached = model.generate(ids, **asked, num_return_sequences=2)
-    assert torch.equal(cached, model.generate(ids, **asked, num_return_sequences=2, use_cache=False))
+    assert torch.equal(
+        cached, model.generate(ids, **asked, num_return_sequences=2, use_cache=False)
+    )
 
 
 def test_sampling_draws_the_same_with_and_without_cache(tiny, tokens):
@@ -229,7 +231,7 @@ def test_what_an_allmem_cache_cannot_do_is_refused(tiny, tokens):
     with torch.no_grad():
         cache = model(ids).past_key_values
     cache.crop(0)
-    with pytest.raises(ValueError, match="copy.deepcopy"):
+    with pytest.raises(ValueError, match=r"copy\.deepcopy"):
         cache.crop(-1)
     with pytest.raises(ValueError, match="not an AllMemCache"):
         model(ids, past_key_values=DynamicCache())
