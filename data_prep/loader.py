@@ -1,10 +1,10 @@
 """Shards to batches: which sample comes when is a pure function of (manifest, seed, number).
 
-Samples have a global number 0, 1, 2, … over all ranks; step `i` of `dp_size` ranks takes the next
-`batch_size * dp_size` numbers, rank r the r-th part of them. So the whole state is one count, and a run
-goes on exactly, with another number of ranks too. Numbers map to pools (one for each source, or kind
-where weights are given) by blocks in which every pool has its exact share, shuffled; and within a
-pool to a shuffled pass over its shards, epoch after epoch: none is lost or doubled within an epoch.
+Samples have a global number 0, 1, 2, … over all ranks; a step of `dp_size` ranks takes the next
+`batch_size * dp_size` numbers, rank r the r-th part of them. So the whole state is one count, and a
+run goes on exactly, with another number of ranks too. Numbers map to pools (one for each source, or
+kind where weights are given) by blocks in which every pool has its exact share, shuffled; and
+within a pool to a shuffled pass over its shards, epoch after epoch: none is lost or doubled.
 
 Shape letters: `B` samples of a batch, `T` tokens of a sample.
 """
@@ -140,7 +140,7 @@ class ShardLoader:
         return self._consumed
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the loader stands, as plain numbers; the same on every rank after the same steps."""
+        """Where the loader stands; the same on every rank after the same number of steps."""
         return {"consumed": self._consumed, "seed": self.seed, "identity": self._identity()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -260,9 +260,7 @@ def _make_pools(
         sources = {record.source for record in records}
         for name, weight in weights.items():
             if not weight > 0:
-                raise ValueError(
-                    f"weight {name}={weight} must be above 0; leave the name out for none"
-                )
+                raise ValueError(f"weight {name}={weight} must be above 0; leave it out for none")
             groups[name] = [r for r in records if name == (r.source if name in sources else r.kind)]
             if not groups[name]:
                 known = sorted(sources | {record.kind for record in records})

@@ -1,0 +1,80 @@
+"""`stage=prepare`: documents to tokens to webdataset shards."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from data_prep.prepare import prepare_shards, summary
+from data_prep.shards import Manifest
+from data_prep.tokenizer import load_tokenizer
+from pipeline.config import resolve_path
+from pipeline.context import StageContext
+from pipeline.distributed import on_main
+from pipeline.schema import RunConfig
+
+
+def run(config: RunConfig, context: StageContext) -> None:
+    """Write the shards of `config.data` into the stage's folder, on rank 0.
+
+    Raises:
+        ValueError: no tokenizer, an unreadable source, too few samples, or shards of another
+            configuration in the folder.
+        OSError: the disk is full; finished shards are kept.
+    """
+    on_main(context.ranks, lambda: _prepare(config, context))
+
+
+def tokenizer_path(config: RunConfig) -> Path:
+    """`data.tokenizer`, or the base model's own.
+
+    Raises:
+        ValueError: neither is given.
+    """
+    given = config.data.tokenizer or config.model.path
+    if not given:
+        raise ValueError(
+            "data.tokenizer is not given and the model has no path; set data.tokenizer to a folder "
+            "with tokenizer.json (python -m data_prep.tokenizer train makes one)"
+        )
+    return resolve_path(given)
+
+
+def _prepare(config: RunConfig, context: StageContext) -> None:
+    started = time.perf_counter()
+    tokenizer = load_tokenizer(tokenizer_path(config))
+    with context.reporter.progress(f"{context.entry}: shards", None) as advance:
+        manifest = prepare_shards(
+            config.data,
+            context.data_dir,
+            tokenizer=tokenizer,
+            progress=lambda what, done, total: advance(done, f"{what} {done}/{total}"),
+        )
+    _report(manifest, context, time.perf_counter() - started)
+
+
+def _report(manifest: Manifest, context: StageContext, seconds: float) -> None:
+    tokens = 0
+    for step, row in enumerate(summary(manifest)):
+        tokens += row["num_tokens"]
+        context.say(
+            f"{row['split']}/{row['source']}: {row['num_samples']} samples, "
+            f"{row['num_tokens']} tokens, {row['num_loss_tokens']} of them with loss, "
+            f"{row['num_shards']} shards"
+        )
+        prefix = f"prepare/{row['split']}/{row['source']}"
+        report = manifest.reports[f"{row['split']}/{row['source']}"]
+        context.log(
+            step,
+            {
+                "tokens": tokens,
+                f"{prefix}/samples": row["num_samples"],
+                f"{prefix}/tokens": row["num_tokens"],
+                f"{prefix}/bad_records": report["num_bad"],
+                "tokens_per_s": tokens / max(seconds, 1e-9),
+            },
+        )
+    for name, report in manifest.reports.items():
+        if report["num_bad"]:
+            reasons = ", ".join(f"{n} × {why}" for why, n in report["bad_reasons"].items())
+            context.say(f"{name}: {report['num_bad']} records were unreadable ({reasons})")
