@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from allmem_megatron.model import AllMemGPTModel
 
 _ONES = re.compile(r"norm\.weight$|layernorm\.weight$|d_skip$")
+_BRANCH_QKV = re.compile(r"\.memory\.[qkv]_proj\.weight$")
 _ZEROS = re.compile(r"(q|k|v)_proj\.bias$|(mu|gate)_proj\.bias$|alpha$")
 
 
@@ -38,9 +39,11 @@ def initialise(
 ) -> None:
     """Draws every parameter of `model`.
 
-    Projections are normal with std `init_std`, norms 1, alpha and biases 0, convolutions the
-    identity, fast weights normal with std 1/sqrt(fan-in), the rate's bias such that
-    eta = eta_init (spec sections 3 and 4).
+    Projections are normal with std `init_std` (the branch's output and gate too), norms 1, alpha
+    and biases 0, convolutions the identity, fast weights normal with std 1/sqrt(fan-in), the
+    rate's bias such that eta = eta_init (spec sections 3 and 4). The branch's q, k and v have std
+    1/sqrt(fan-in) too: v is not normalised, so its scale is that of every write, and must not
+    shrink with the width of a tiny model.
 
     Args:
         model: not on the meta device.
@@ -80,7 +83,7 @@ def _draw(
         taps = torch.zeros(shape)
         taps[:, -1] = 1.0
         return taps
-    if ".memory.fast_" in name:
+    if _BRANCH_QKV.search(name) or ".memory.fast_" in name:
         return normal(1 / math.sqrt(shape[-1]))
     if name.endswith("eta_proj.bias"):
         return torch.full(shape, float(eta_bias(memory.eta_init)))

@@ -1,0 +1,218 @@
+"""Sizes, initial weights, and what is refused before anything runs."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from allmem_megatron.config import BaseModelConfig, MemoryConfig, MixerSettings
+from allmem_megatron.convert import from_hf, load_base, load_hf_tensors, model_to_hf, save_hf_dir
+from allmem_megatron.initialise import generator_for, memory_from_base
+from allmem_megatron.model import build_model
+
+QWEN3_06B = {
+    "model_type": "qwen3",
+    "hidden_size": 1024,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "intermediate_size": 3072,
+    "vocab_size": 151936,
+    "tie_word_embeddings": True,
+    "rope_theta": 1000000,
+    "max_position_embeddings": 40960,
+}
+QWEN3_17B = {**QWEN3_06B, "hidden_size": 2048, "intermediate_size": 6144}
+
+
+@pytest.mark.parametrize(
+    ("hf", "added_millions", "paper_millions", "paper_percent"),
+    [(QWEN3_06B, 65.6, 66, 9.9), (QWEN3_17B, 125.5, 126, 6.8)],
+    ids=["0.6B", "1.7B"],
+)
+def test_added_parameters_are_the_papers(hf, added_millions, paper_millions, paper_percent):
+    """65.58 M and 125.48 M: the paper's percentages to the digit, its millions within 0.53."""
+    base = BaseModelConfig.from_hf(hf)
+    model = build_model(base, branch="allmem", dtype=torch.bfloat16, meta=True)
+    added = sum(p.numel() for _, p in model.memory_parameters())
+    whole = added + sum(p.numel() for _, p in model.base_parameters())
+    n, d, d_h, width = 8, 512, 64, base.hidden_size
+    convolution, norms, biases = 3 * d * 4, 3 * d_h, 5 * n
+    layer = 4 * d * width + 41 * width + 3 * n * d_h * 2 * d_h + convolution + norms + biases
+    assert added == 28 * layer
+    assert round(added / 1e6, 1) == added_millions
+    assert added / 1e6 == pytest.approx(paper_millions, abs=0.53)
+    assert round(100 * added / whole, 1) == paper_percent
+    assert all(p.is_meta for p in model.parameters())
+
+
+def test_mamba2_has_about_as_many_parameters_as_the_memory():
+    base = BaseModelConfig.from_hf(QWEN3_06B)
+    counts = []
+    for branch, state_size in (("allmem", None), ("mamba2", None), ("mamba2", 80)):
+        memory = MemoryConfig(state_size=state_size)
+        model = build_model(base, branch=branch, memory=memory, meta=True)
+        counts.append(sum(p.numel() for _, p in model.memory_parameters()))
+    assert counts[1] / counts[0] == pytest.approx(0.905, abs=0.005)
+    assert counts[2] / counts[0] == pytest.approx(1.02, abs=0.005)
+
+
+def test_initial_weights_follow_the_specification(hf_config):
+    base = BaseModelConfig.from_hf(hf_config("qwen3", True))
+    memory = MemoryConfig(memory_size=32, eta_init=0.05)
+    model = build_model(base, branch="allmem", memory=memory, embedding_std=1.0)
+    weights = model_to_hf(model)
+    prefix = "model.layers.1.memory."
+    assert (weights[prefix + "alpha"] == 0).all()
+    assert (weights[prefix + "mu_proj.bias"] == 0).all()
+    assert (weights[prefix + "gate_proj.bias"] == 0).all()
+    softplus = torch.nn.functional.softplus(weights[prefix + "eta_proj.bias"])
+    torch.testing.assert_close(softplus, torch.full((6,), 0.05))
+    taps = weights[prefix + "q_conv.weight"]
+    assert (taps[:, -1] == 1).all()
+    assert (taps[:, :-1] == 0).all()
+    assert weights[prefix + "o_proj.weight"].std() == pytest.approx(0.02, rel=0.1)
+    for name, fan_in in (("fast_gate", 16), ("fast_up", 16), ("fast_down", 32)):
+        assert weights[prefix + name].std() == pytest.approx(fan_in**-0.5, rel=0.1)
+    assert weights["model.embed_tokens.weight"].std() == pytest.approx(1.0, rel=0.05)
+    assert (weights["model.norm.weight"] == 1).all()
+    # a tensor depends on seed and name alone
+    drawn = torch.randn(32, 48, generator=generator_for(0, prefix + "k_proj.weight")) * 48**-0.5
+    assert torch.equal(weights[prefix + "k_proj.weight"], drawn)
+    again = model_to_hf(build_model(base, branch="allmem", memory=memory, embedding_std=1.0))
+    other = model_to_hf(build_model(base, branch="allmem", memory=memory, seed=1))
+    bare = model_to_hf(build_model(base, embedding_std=1.0))
+    for name, tensor in weights.items():
+        assert torch.equal(tensor, again[name])
+        assert ".memory." in name or torch.equal(tensor, bare[name])
+    assert not torch.equal(other[prefix + "k_proj.weight"], drawn)
+
+
+@pytest.mark.parametrize(("n", "d_h"), [(2, 4), (2, 12), (1, 8), (4, 8)])
+def test_memory_can_start_from_the_base(n, d_h, hf_model, ours):
+    """head_dim 8, 2 key-value heads, 3 queries to each."""
+    memory = MemoryConfig(memory_size=n * d_h, num_heads=n)
+    model = ours(hf_model("llama"), branch="allmem", memory=memory)
+    before = model_to_hf(model)
+    memory_from_base(model)
+    after = model_to_hf(model)
+    self_attn, start = "model.layers.1.self_attn.", "model.layers.1.memory."
+    for letter in "qkv":
+        heads = before[f"{self_attn}{letter}_proj.weight"].view(2, -1, 8, 48).mean(1)
+        got = after[f"{start}{letter}_proj.weight"].view(n, d_h, 48)
+        seen = {0: 0, 1: 0}
+        for j in range(n):
+            group = j * 2 // n
+            for row in range(d_h):
+                wanted = heads[group, (seen[group] + row) % 8]
+                torch.testing.assert_close(got[j, row], wanted)
+            seen[group] += d_h
+    assert torch.equal(after[start + "o_proj.weight"], before[start + "o_proj.weight"])
+    with pytest.raises(ValueError, match="no memory to start"):
+        memory_from_base(ours(hf_model("llama")))
+
+
+def test_init_from_base_happens_on_loading(tmp_path, hf_model):
+    hf = hf_model("qwen3")
+    hf.save_pretrained(tmp_path)
+    from allmem_megatron.convert import load_base_into
+
+    checkpoint = load_base(tmp_path)
+    memory = MemoryConfig(memory_size=16, init_from_base=True)
+    model = build_model(checkpoint.config, branch="allmem", memory=memory)
+    load_base_into(model, checkpoint)
+    rows = dict(hf.named_parameters())["model.layers.0.self_attn.v_proj.weight"].view(2, 16, 48)
+    got = model_to_hf(model)["model.layers.0.memory.v_proj.weight"].view(2, 8, 48)
+    assert torch.equal(got, rows[:, :8])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "gemma"}, "model_type='gemma' is not supported"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ({"attention_bias": True}, "attention_bias=True"),
+        ({"use_sliding_window": True}, "use_sliding_window=True"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type='dynamic'"),
+        ({"num_key_value_heads": 4}, "num_heads=6 is not a multiple of num_kv_heads=4"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+    ],
+)
+def test_unsupported_base_models_are_refused(changes, message, hf_config):
+    with pytest.raises(ValueError, match=message):
+        BaseModelConfig.from_hf(hf_config("llama", False, **changes))
+
+
+def test_bad_settings_are_refused(hf_config):
+    with pytest.raises(ValueError, match="chunk_size=65 > window_size=64"):
+        MixerSettings(mode="allmem", window_size=64, chunk_size=65)
+    with pytest.raises(ValueError, match="mode='smw' is not known"):
+        MixerSettings(mode="smw")
+    with pytest.raises(ValueError, match="num_sinks=-1"):
+        MixerSettings(num_sinks=-1)
+    base = BaseModelConfig.from_hf(hf_config("llama", False))
+    with pytest.raises(ValueError, match="branch='ttt' is not known"):
+        build_model(base, branch="ttt")
+    with pytest.raises(ValueError, match="not a multiple of its 3 heads"):
+        build_model(base, branch="allmem", memory=MemoryConfig(memory_size=64, num_heads=3))
+    with pytest.raises(ValueError, match="eta_init=0"):
+        MemoryConfig(eta_init=0)
+
+
+def test_tensors_that_do_not_fit_are_refused(hf_model, hf_tensors, ours):
+    hf = hf_model("qwen3", tied=True)
+    model, tensors = ours(hf), hf_tensors(hf)
+    name = "model.layers.0.self_attn.k_proj.weight"
+    missing = {n: t for n, t in tensors.items() if n != name}
+    with pytest.raises(ValueError, match=r"k_proj.weight is missing"):
+        load_hf_tensors(model, missing)
+    with pytest.raises(ValueError, match=r"k_proj.weight is missing"):
+        from_hf(missing, model.base_config)
+    with pytest.raises(ValueError, match=r"has shape \(3, 48\), the model wants \(32, 48\)"):
+        load_hf_tensors(model, {**tensors, name: torch.zeros(3, 48)})
+    with pytest.raises(ValueError, match=r"experts.* has no place in the model"):
+        load_hf_tensors(model, {**tensors, "model.layers.0.mlp.experts.weight": torch.zeros(1)})
+    with pytest.raises(ValueError, match="is no Hugging Face tensor"):
+        from_hf({**tensors, "model.layers.0.mlp.experts.weight": torch.zeros(1)}, model.base_config)
+    # a tied model may store its head again, but not another one
+    embedding = tensors["model.embed_tokens.weight"]
+    load_hf_tensors(model, {**tensors, "lm_head.weight": embedding.clone()})
+    with pytest.raises(ValueError, match=r"lm_head.weight differs"):
+        load_hf_tensors(model, {**tensors, "lm_head.weight": embedding + 1})
+
+
+def test_broken_directories_are_refused(tmp_path, hf_model):
+    hf_model("qwen2").save_pretrained(tmp_path / "m", max_shard_size=20_000)
+    shards = sorted((tmp_path / "m").glob("model-*.safetensors"))
+    content = shards[1].read_bytes()
+    shards[1].write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match="no readable safetensors file"):
+        load_base(tmp_path / "m")
+    shards[1].unlink()
+    with pytest.raises(ValueError, match="is missing"):
+        load_base(tmp_path / "m")
+    shards[1].write_bytes(shards[0].read_bytes())
+    with pytest.raises(ValueError, match=r"which model.safetensors.index.json promises"):
+        load_base(tmp_path / "m")
+    (tmp_path / "m" / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="no readable JSON"):
+        load_base(tmp_path / "m")
+    with pytest.raises(ValueError, match=r"has no config.json"):
+        load_base(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(QWEN3_06B))
+    with pytest.raises(ValueError, match=r"neither model.safetensors nor"):
+        load_base(tmp_path)
+
+
+def test_a_failed_save_leaves_what_was_there(tmp_path, hf_model, hf_tensors):
+    hf = hf_model("llama")
+    tensors, config = hf_tensors(hf), BaseModelConfig.from_hf(hf.config.to_dict())
+    save_hf_dir(tmp_path / "m", config, tensors)
+    before = {p.name: p.read_bytes() for p in (tmp_path / "m").iterdir()}
+    with pytest.raises(FileNotFoundError):
+        save_hf_dir(tmp_path / "m", config, tensors, [tmp_path / "absent_tokenizer.json"])
+    assert {p.name: p.read_bytes() for p in (tmp_path / "m").iterdir()} == before
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]
