@@ -1,4 +1,4 @@
-"""AllMem's operators: each folder holds the formula in plain PyTorch (``reference.py``) and, later, fast kernels.
+"""AllMem's operators: a folder each, with the formula in plain PyTorch (``reference.py``).
 
 This layer imports torch and the standard library only; nothing of the project lies below it.
 """

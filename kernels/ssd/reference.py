@@ -1,19 +1,24 @@
-"""The SSD recurrence of Mamba-2 (arXiv 2405.21060) in plain PyTorch, chunked: AllMem's ``mamba2`` baseline.
+"""The SSD recurrence of Mamba-2 (arXiv 2405.21060) in plain PyTorch: the ``mamba2`` baseline.
 
     h_t = exp(-exp(a_log) dt_t) h_{t-1} + dt_t x_t b_t^T,    y_t = h_t c_t
 
-Shape letters: B sequences, R rows (R = B, or the N documents of one packed sequence), T tokens, H heads, K head width,
-N state width, C chunk length, J chunks. The recurrence is linear in h, so that the chunk length changes speed only:
-inside a chunk the outputs are one masked matrix product, and the states of chunk ends follow one another.
+Shape letters: B sequences, R rows (R = B, or the documents of one packed sequence), T tokens,
+H heads, K head width, N state width, C chunk length, J chunks. The recurrence is linear in h, so
+that the chunk length changes speed only: inside a chunk the outputs are one masked matrix product,
+and only the states at the chunks' ends follow one another.
 
 This file imports torch and the standard library only: exported models carry a copy of it.
 """
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+Inputs = tuple[Tensor, ...]
 
 
 def ssd_scan(
@@ -30,7 +35,7 @@ def ssd_scan(
     """Run the recurrence over a sequence; two calls over a split sequence equal one call.
 
     Args:
-        x: inputs ``[B, T, H, K]``, any float dtype; the arithmetic is float32 (float64 for float64).
+        x: inputs ``[B, T, H, K]``, any float dtype; computed in float32 (float64 for float64).
         dt: step sizes ``[B, T, H]``, after the softplus; 0 marks padding, which changes nothing.
         a_log: ``[H]``.
         b: ``[B, T, H, N]``.
@@ -40,7 +45,8 @@ def ssd_scan(
         cu_seqlens: int ``[R + 1]`` document starts and T of a packed sequence (B = 1); None: R = B.
 
     Returns:
-        y ``[B, T, H, K]`` in x's dtype, and the state after each row's last token ``[R, H, K, N]``, float32 or wider.
+        y ``[B, T, H, K]`` in x's dtype, and the state after each row's last token
+        ``[R, H, K, N]``, float32 or wider.
 
     Raises:
         ValueError: shapes that do not fit.
@@ -55,8 +61,8 @@ def ssd_scan(
         or sorted(starts) != starts
     ):
         raise ValueError(
-            f"cu_seqlens from {starts[0]} to {starts[-1]} does not rise from 0 to T={x.shape[1]} in one packed sequence "
-            f"(B={x.shape[0]}); give the document starts and T, with B=1"
+            f"cu_seqlens from {starts[0]} to {starts[-1]} does not rise from 0 to T={x.shape[1]} "
+            f"in one packed sequence (B={x.shape[0]}); give the document starts and T, with B=1"
         )
     num_rows = x.shape[0] if starts is None else len(starts) - 1
     dtype = torch.promote_types(x.dtype, torch.float32)
@@ -65,31 +71,32 @@ def ssd_scan(
         state = x.new_zeros(want, dtype=dtype)
     elif tuple(state.shape) != want:
         raise ValueError(
-            f"state of shape {list(state.shape)} does not fit; give it {list(want)}, or None at the start"
+            f"state of shape {list(state.shape)} does not fit; give it {list(want)}, "
+            "or None at the start"
         )
     state = state.to(dtype)
     with torch.autocast(x.device.type, enabled=False):
         log_decay = -torch.exp(a_log.to(dtype)) * dt.to(dtype)
-        inputs = (x.to(dtype) * dt.to(dtype)[..., None], log_decay, b.to(dtype), c.to(dtype))
+        inputs: Inputs = (
+            x.to(dtype) * dt.to(dtype)[..., None], log_decay, b.to(dtype), c.to(dtype)
+        )  # fmt: skip
         if starts is None:
-            y, state = _rows(*inputs, state, chunk_size)
+            y, state = _rows(inputs, state, chunk_size)
             return y.to(x.dtype), state
-        lengths = [end - start for start, end in zip(starts, starts[1:], strict=False)]
+        lengths = [end - start for start, end in pairwise(starts)]
         if len(set(lengths)) == 1:
             rows = (z.reshape(num_rows, lengths[0], *z.shape[2:]) for z in inputs)
-            y, state = _rows(*rows, state, chunk_size)
+            y, state = _rows(tuple(rows), state, chunk_size)
             return y.reshape(x.shape).to(x.dtype), state
-        documents = zip(*(z.split(lengths, 1) for z in inputs), state.split(1), strict=True)
-        outputs, states = zip(
-            *(_rows(*document, chunk_size) for document in documents), strict=True
-        )
+        documents = zip(*(z.split(lengths, 1) for z in inputs), strict=True)
+        results = [_rows(d, h, chunk_size) for d, h in zip(documents, state.split(1), strict=True)]
+        outputs, states = zip(*results, strict=True)
         return torch.cat(outputs, 1).to(x.dtype), torch.cat(states)
 
 
-def _rows(
-    x: Tensor, log_decay: Tensor, b: Tensor, c: Tensor, state: Tensor, chunk_size: int
-) -> tuple[Tensor, Tensor]:
-    """Rows that are one document each; x already carries dt."""
+def _rows(inputs: Inputs, state: Tensor, chunk_size: int) -> tuple[Tensor, Tensor]:
+    """Rows that are one document each: x times dt, the logarithm of the decay, b and c."""
+    x, log_decay, b, c = inputs
     num_tokens = x.shape[1]
     if num_tokens == 0:
         return x, state
@@ -130,7 +137,8 @@ def _check(x: Tensor, dt: Tensor, a_log: Tensor, b: Tensor, c: Tensor, chunk_siz
         )
     if b.dim() != 4 or tuple(b.shape[:3]) != shape or b.shape != c.shape:
         raise ValueError(
-            f"b {list(b.shape)} and c {list(c.shape)} do not fit x {list(x.shape)}; give both {[*shape, 'N']}"
+            f"b {list(b.shape)} and c {list(c.shape)} do not fit x {list(x.shape)}; "
+            f"give both {list(shape)} and one state width"
         )
     if chunk_size < 1:
         raise ValueError(f"chunk_size={chunk_size} is not positive; set it to at least 1 token")

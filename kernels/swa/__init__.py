@@ -1,7 +1,8 @@
-"""Sliding-window attention with sinks (AllMem, arXiv 2602.13680, equation (1)): one call, several backends.
+"""Sliding-window attention with sinks: equation (1) of AllMem (arXiv 2602.13680).
 
-``backend`` takes ``"reference"`` (blocked, plain PyTorch, any device), ``"flex"`` (FlexAttention, not built yet: an error
-that says so) or ``"auto"`` (the fastest one that computes the same function here). See ``README.md`` beside this file.
+``backend`` takes ``"reference"`` (blocked, plain PyTorch, any device), ``"flex"`` (FlexAttention,
+not built yet: an error that says so) or ``"auto"`` (the fastest one that computes the same function
+here). See ``README.md`` beside this file.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def sliding_window_attention(
     scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Attention to the window and the sinks; see ``reference.sliding_window_attention`` for shapes and errors.
+    """Attention to the window and the sinks; arguments as in ``kernels.swa.reference``.
 
     Args:
         backend: ``"auto"``, ``"reference"`` or ``"flex"``; memory is linear in T on each.

@@ -1,16 +1,19 @@
-"""Sliding-window attention with sink tokens in plain PyTorch: equation (1) of AllMem, arXiv 2602.13680.
+"""Sliding-window attention with sinks in plain PyTorch: equation (1) of AllMem, arXiv 2602.13680.
 
-Query t sees key j iff ``j <= t and (t - j < W or j < s)``: W keys of the window, itself included, and the first s
-tokens of the document. A sink that lies inside the window counts once.
+Query t sees key j iff ``j <= t and (t - j < W or j < s)``: the W keys of the window, its own
+included, and the first s tokens of the document. A sink that lies inside the window counts once.
 
-Shape letters: B sequences, N documents, T tokens, H query heads, G key-value heads (H a multiple of G: grouped-query
-attention), K head width, W window, S sinks, C block of queries.
+Shape letters: B sequences, N documents, T tokens, H query heads, G key-value heads (grouped-query
+attention: H is a multiple of G), K head width, W window, s sinks, C block of queries.
 
-Memory is linear in T: queries go in blocks of about W, and a block is given the blocks of keys it can reach and the
-sinks. This file imports torch and the standard library only: exported models carry a copy of it.
+Memory is linear in T: queries go in blocks of about W, and a block is given the sinks and the
+blocks of keys it can reach. This file imports torch and the standard library only: exported models
+carry a copy of it.
 """
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +33,7 @@ def sliding_window_attention(
     cu_seqlens: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """Causal attention to the last ``window_size`` tokens and the first ``num_sinks`` of the document.
+    """Causal attention to the last ``window_size`` tokens and the document's first ``num_sinks``.
 
     Args:
         q: ``[B, T, H, K]``, positions already rotated in.
@@ -38,7 +41,8 @@ def sliding_window_attention(
         v: ``[B, T, G, K]``.
         window_size: W in tokens, the query's own included.
         num_sinks: s, the tokens at each document's start that every later query sees; may be 0.
-        cu_seqlens: int ``[N + 1]`` document starts and T of a packed sequence (B = 1); None: each row is a document.
+        cu_seqlens: int ``[N + 1]`` document starts and T of a packed sequence (B = 1); None: each
+            row is a document.
         scale: of the scores; ``K ** -0.5`` if None.
 
     Returns:
@@ -55,7 +59,7 @@ def sliding_window_attention(
 def causal_attention(
     q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens: Tensor | None = None, scale: float | None = None
 ) -> Tensor:
-    """Full causal attention, the teacher's; arguments, result and errors as in ``sliding_window_attention``."""
+    """Full causal attention, the teacher's; arguments as in ``sliding_window_attention``."""
     _check(q, k, v)
     return _per_document(q, k, v, cu_seqlens, scale, None, 0)
 
@@ -71,9 +75,9 @@ def attention_with_positions(
     num_sinks: int,
     scale: float | None = None,
 ) -> Tensor:
-    """The same function over a cache whose slots stand in any order: decoding with a ring of keys and sinks.
+    """The same function over a cache whose slots stand in any order: a ring of keys, and sinks.
 
-    A key must not stand in two slots. The mask has ``B * Tq * Tk`` entries: meant for few queries at a time.
+    A key must not stand in two slots. The mask has ``B * Tq * Tk`` entries: for few queries a call.
 
     Args:
         q: ``[B, Tq, H, K]``.
@@ -96,7 +100,8 @@ def attention_with_positions(
     for name, positions, like in (("q_positions", q_positions, q), ("k_positions", k_positions, k)):
         if positions.shape != like.shape[:2]:
             raise ValueError(
-                f"{name} of shape {list(positions.shape)} does not fit; give it {list(like.shape[:2])}, one for each token"
+                f"{name} of shape {list(positions.shape)} does not fit; give it "
+                f"{list(like.shape[:2])}, one for each token"
             )
     query, key = q_positions[:, :, None], k_positions[:, None, :]
     seen = (key >= 0) & (key <= query)
@@ -148,14 +153,14 @@ def _per_document(
         or sorted(starts) != starts
     ):
         raise ValueError(
-            f"cu_seqlens from {starts[0]} to {starts[-1]} does not rise from 0 to T={q.shape[1]} in one packed sequence "
-            f"(B={q.shape[0]}); give the document starts and T, with B=1"
+            f"cu_seqlens from {starts[0]} to {starts[-1]} does not rise from 0 to T={q.shape[1]} "
+            f"in one packed sequence (B={q.shape[0]}); give the document starts and T, with B=1"
         )
-    lengths = [end - start for start, end in zip(starts, starts[1:], strict=False)]
+    lengths = [end - start for start, end in pairwise(starts)]
     if len(set(lengths)) == 1:
-        rows = (x.reshape(len(lengths), lengths[0], *x.shape[2:]) for x in (q, k, v))
-        return _rows(*rows, scale, window, sinks).reshape(q.shape)
-    # split, not slices: the gradient of a slice is a tensor of the whole sequence, once for each document
+        q_r, k_r, v_r = (x.reshape(len(lengths), lengths[0], *x.shape[2:]) for x in (q, k, v))
+        return _rows(q_r, k_r, v_r, scale, window, sinks).reshape(q.shape)
+    # split, not slices: the gradient of a slice is a tensor of the whole sequence
     documents = zip(q.split(lengths, 1), k.split(lengths, 1), v.split(lengths, 1), strict=True)
     return torch.cat([_rows(*document, scale, window, sinks) for document in documents], 1)
 
@@ -175,7 +180,7 @@ def _rows(
 def _banded(
     q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int, sinks: int
 ) -> Tensor:
-    """Blocks of C queries against the blocks of keys that reach into their windows, and the sinks."""
+    """Blocks of C queries against the sinks and the blocks of keys within reach."""
     num_rows, num_tokens = q.shape[:2]
     block = min(max(window, SMALLEST_BLOCK), num_tokens)
     before = -(-(window - 1) // block)  # earlier blocks of keys that a block of queries can see
@@ -183,7 +188,7 @@ def _banded(
     padding = num_blocks * block - num_tokens
 
     def blocks(x: Tensor, earlier: int) -> Tensor:
-        """``[B, T, G, K]`` -> ``[B, T/C, (earlier + 1) C, G, K]``: each block with the ones before it."""
+        """``[B, T, G, K]`` -> ``[B, T/C, (earlier + 1) C, G, K]``: blocks with those before."""
         x = F.pad(x, (0, 0, 0, 0, earlier * block, padding)).unflatten(
             1, (num_blocks + earlier, block)
         )
@@ -199,27 +204,25 @@ def _banded(
     out = []
     for index, (q_g, k_g, v_g) in enumerate(groups):
         size = q_g.shape[1]
-        mask = _block_mask(
-            index * group, size, block, before, window, sinks, q.device
-        )  # [g, C, s + (before + 1) C]
+        mask = _block_mask(index * group, size, block, before, window, sinks, q.device)
         if sinks:
             k_g = torch.cat([sink_k.expand(-1, size, -1, -1, -1), k_g], 2)
             v_g = torch.cat([sink_v.expand(-1, size, -1, -1, -1), v_g], 2)
-        flat = (_heads_first(x.flatten(0, 1)) for x in (q_g, k_g, v_g))  # [B g, H, C, K]
+        q_g, k_g, v_g = (_heads_first(x.flatten(0, 1)) for x in (q_g, k_g, v_g))  # [B g, H, C, K]
         if size > 1:
             mask = mask.expand(num_rows, *mask.shape).flatten(0, 1)
-        out.append(
-            _attend(*flat, scale, mask=mask[:, None]).transpose(1, 2).unflatten(0, (num_rows, size))
-        )
+        result = _attend(q_g, k_g, v_g, scale, mask=mask[:, None])
+        out.append(result.transpose(1, 2).unflatten(0, (num_rows, size)))
     return torch.cat(out, 1).flatten(1, 2)[:, :num_tokens]
 
 
 def _block_mask(
     first: int, count: int, block: int, before: int, window: int, sinks: int, device: torch.device
 ) -> Tensor:
-    """What blocks ``first`` to ``first + count`` see, ``[count, C, s + (before + 1) C]``: sinks, then the band.
+    """What ``count`` blocks from ``first`` on see, ``[count, C, s + (before + 1) C]``.
 
-    A sink's own slot is seen only from outside its window: inside, the band already holds it.
+    First the sinks, then the band. A sink's own slot is seen only from outside its window: inside,
+    the band already holds it.
     """
     start = (torch.arange(first, first + count, device=device) * block)[:, None, None]
     query = start + torch.arange(block, device=device)[:, None]
@@ -231,16 +234,18 @@ def _block_mask(
 def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
     if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape:
         raise ValueError(
-            f"q, k, v of shapes {list(q.shape)}, {list(k.shape)}, {list(v.shape)} are not [B, T, heads, width] with k like v; "
-            "reshape them to heads"
+            f"q, k, v of shapes {list(q.shape)}, {list(k.shape)}, {list(v.shape)} are not "
+            "[B, T, heads, width] with k like v; reshape them to heads"
         )
     if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
         raise ValueError(
-            f"k of shape {list(k.shape)} does not fit q of shape {list(q.shape)}; give the same B and width"
+            f"k of shape {list(k.shape)} does not fit q of shape {list(q.shape)}; "
+            "give the same B and width"
         )
     if q.shape[2] % k.shape[2]:
         raise ValueError(
-            f"{q.shape[2]} query heads are not a multiple of {k.shape[2]} key-value heads; give q n_q and k, v n_kv heads"
+            f"{q.shape[2]} query heads are not a multiple of {k.shape[2]} key-value heads; "
+            "give q a multiple of the heads of k and v"
         )
 
 

@@ -1,8 +1,9 @@
 """The online-learned memory of AllMem (arXiv 2602.13680): one call, several backends.
 
-``memory_scan(..., backend=...)`` takes ``"reference"`` (plain PyTorch, any device and float dtype), ``"triton"`` (not
-built yet: an error that says so) or ``"auto"`` (the fastest backend that computes the same function here). A backend
-that cannot run is an error, never another function in silence. The derivation is in ``README.md`` beside this file.
+``backend`` takes ``"reference"`` (plain PyTorch, any device and float dtype), ``"triton"`` (not
+built yet: an error that says so) or ``"auto"`` (the fastest one that computes the same function
+here). One that cannot run is an error, never another function in silence. ``README.md`` beside
+this file has the derivation.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def memory_scan(
     return_state: bool = True,
     backend: str = "auto",
 ) -> tuple[Tensor, MemoryState | None]:
-    """Run equations (8) to (11) over a sequence; see ``reference.memory_scan`` for shapes, dtypes and errors.
+    """Run equations (8) to (11); arguments and results as in ``reference.memory_scan``.
 
     Args:
         backend: ``"auto"``, ``"reference"`` or ``"triton"``.
@@ -43,15 +44,15 @@ def memory_scan(
         ValueError: an unknown backend, one that cannot run here, or inputs of a wrong shape.
     """
     if backend not in BACKENDS:
-        raise ValueError(
-            f"backend={backend!r} is not one of {', '.join(BACKENDS)}; set backend='auto'"
-        )
+        raise ValueError(f"backend={backend!r} is not one of {BACKENDS}; set backend='auto'")
     if backend == "triton":
         raise ValueError(
-            "backend='triton' cannot run: the memory has no Triton kernel yet; set backend='reference' or 'auto'"
+            "backend='triton' cannot run: the memory has no Triton kernel yet; "
+            "set backend='reference' or 'auto'"
         )
     check_inputs(q, k, v, eta, mu, weights, state, chunk_size, clip, decay)
     return reference.memory_scan(
         q, k, v, eta, mu, weights, state,
-        chunk_size=chunk_size, cu_seqlens=cu_seqlens, clip=clip, decay=decay, return_state=return_state,
+        chunk_size=chunk_size, cu_seqlens=cu_seqlens, clip=clip, decay=decay,
+        return_state=return_state,
     )  # fmt: skip

@@ -1,7 +1,8 @@
-"""What stands before and after the memory scan in the layer: equations (2) to (5) and (12) of arXiv 2602.13680.
+"""What stands before and after the memory scan: equations (2) to (5) and (12) of arXiv 2602.13680.
 
-Shape letters: B sequences, R rows (R = B, or the N documents of one packed sequence), T tokens, C channels = H * K,
-H memory heads, K head width. Functions of tensors only: the projections belong to the module that calls them.
+Shape letters: B sequences, R rows (R = B, or the N documents of one packed sequence), T tokens,
+C = H * K channels, H memory heads, K head width. Functions of tensors only: the projections belong
+to the module that calls them.
 
 This file imports torch and the standard library only: exported models carry a copy of it.
 """
@@ -9,6 +10,7 @@ This file imports torch and the standard library only: exported models carry a c
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -20,16 +22,19 @@ L2_EPS = 1e-12  # on the squared norm: keeps the gradient at a zero vector finit
 def causal_conv(
     x: Tensor, weight: Tensor, *, tail: Tensor | None = None, cu_seqlens: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Depthwise causal convolution of equation (2): ``y_t = sum_i weight[:, i] * x_{t - (width - 1) + i}``.
+    """Depthwise causal convolution of equation (2): ``y_t = sum_i weight[:, i] x_{t-width+1+i}``.
 
-    With ``weight[:, -1] = 1`` and 0 elsewhere it is the identity, to the bit. Tokens before the start of a document
-    count as 0, so that nothing looks across documents; two calls over a split sequence equal one call.
+    With ``weight[:, -1] = 1`` and 0 elsewhere it is the identity, to the bit. Tokens before the
+    start of a document count as 0, so that nothing looks across documents; two calls over a split
+    sequence equal one call.
 
     Args:
         x: ``[B, T, C]``.
         weight: ``[C, width]``, the current token's weight last.
-        tail: the last ``width - 1`` inputs of each row before this call ``[R, width - 1, C]``; None: 0.
-        cu_seqlens: int ``[N + 1]`` document starts and T of a packed sequence (B = 1, R = N); None: R = B.
+        tail: the last ``width - 1`` inputs of each row before this call ``[R, width - 1, C]``;
+            None: 0.
+        cu_seqlens: int ``[N + 1]`` document starts and T of a packed sequence (B = 1, R = N);
+            None: R = B.
 
     Returns:
         y ``[B, T, C]`` and the new tail ``[R, width - 1, C]``, both in x's dtype.
@@ -50,7 +55,8 @@ def causal_conv(
         tail = x.new_zeros(num_rows, reach, x.shape[-1])
     elif tuple(tail.shape) != (num_rows, reach, x.shape[-1]):
         raise ValueError(
-            f"tail of shape {list(tail.shape)} does not fit; give it {[num_rows, reach, x.shape[-1]]}, or None at the start"
+            f"tail of shape {list(tail.shape)} does not fit; give it "
+            f"{[num_rows, reach, x.shape[-1]]}, or None at the start"
         )
     tail = tail.to(x.dtype)
     if cu_seqlens is None:
@@ -59,11 +65,11 @@ def causal_conv(
     starts = cu_seqlens.tolist()
     if x.shape[0] != 1 or starts[0] != 0 or starts[-1] != x.shape[1] or sorted(starts) != starts:
         raise ValueError(
-            f"cu_seqlens from {starts[0]} to {starts[-1]} does not rise from 0 to T={x.shape[1]} in one packed sequence "
-            f"(B={x.shape[0]}); give the document starts and T, with B=1"
+            f"cu_seqlens from {starts[0]} to {starts[-1]} does not rise from 0 to T={x.shape[1]} "
+            f"in one packed sequence (B={x.shape[0]}); give the document starts and T, with B=1"
         )
-    # Each document with its tail before it, one after the other; only the documents' own outputs are kept.
-    documents = x[0].split([end - start for start, end in zip(starts, starts[1:], strict=False)])
+    # each document with its tail before it, one after the other; the tails' outputs are left out
+    documents = x[0].split([end - start for start, end in pairwise(starts)])
     pieces = [piece for pair in zip(tail.unbind(0), documents, strict=True) for piece in pair]
     padded = torch.cat(pieces)
     ends = torch.tensor(starts[1:]) + reach * torch.arange(1, num_rows + 1)
@@ -86,20 +92,20 @@ def _taps(padded: Tensor, weight: Tensor, reach: int) -> Tensor:
 
 
 def head_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm over the last dimension: x ``[..., K]``, weight ``[K]``; computed in float32, returned in x's dtype."""
+    """RMSNorm over the last dimension, in float32 inside: x ``[..., K]``, weight ``[K]``."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return (normed * weight.to(wide.dtype)).to(x.dtype)
 
 
 def l2_normalize(x: Tensor) -> Tensor:
-    """x ``[..., K]`` divided by its L2 norm over the last dimension; a zero vector stays zero. Computed in float32."""
+    """x ``[..., K]`` over its L2 norm, in float32 inside; a zero vector stays zero."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + L2_EPS)).to(x.dtype)
 
 
 def memory_qk(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Queries or keys of the memory, equation (3): ``l2(RMSNorm(x))`` per head, x ``[..., K]``, weight ``[K]``."""
+    """Queries or keys, equation (3): ``l2(RMSNorm(x))``; x ``[..., K]``, weight ``[K]``."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return l2_normalize(head_norm(wide, weight, eps)).to(x.dtype)
 
@@ -110,7 +116,7 @@ def eta_from(logits: Tensor) -> Tensor:
 
 
 def mu_from(logits: Tensor) -> Tensor:
-    """Per-token momentum coefficients of equation (5): ``sigmoid``, in float32 or wider. Any shape."""
+    """Momentum coefficients per token of (5): ``sigmoid``, in float32 or wider. Any shape."""
     return torch.sigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32)))
 
 
@@ -122,7 +128,8 @@ def eta_bias(eta_init: float) -> float:
     """
     if not eta_init > 0:
         raise ValueError(
-            f"eta_init={eta_init} is not above 0; softplus reaches positive rates only, set it to 1e-3 or so"
+            f"eta_init={eta_init} is not above 0, and softplus reaches positive rates only; "
+            "set it to 1e-3 or so"
         )
     return eta_init + math.log(-math.expm1(-eta_init))
 

@@ -19,8 +19,8 @@ def check_inputs(
     """
     if q.dim() != 4 or not q.is_floating_point():
         raise ValueError(
-            f"q of shape {list(q.shape)} and {q.dtype} is not [B, T, heads, width] of a float dtype; "
-            "reshape it to heads"
+            f"q of shape {list(q.shape)} and {q.dtype} is not [B, T, heads, width] of a float "
+            "dtype; reshape it to heads"
         )
     shape = tuple(q.shape)
     heads, width = shape[2:]

@@ -1,4 +1,4 @@
-"""The memory of AllMem in plain PyTorch: equations (3) to (11) of arXiv 2602.13680 as numbered here.
+"""The memory of AllMem in plain PyTorch: equations (5) to (11) of arXiv 2602.13680, our numbers.
 
 Shape letters: B sequences, R rows (documents: R = B, or the N documents of one packed sequence),
 T tokens, C chunk length, H memory heads, K head width, F hidden width of one memory head, P pending
@@ -29,7 +29,7 @@ Streams = tuple[Tensor, ...]  # k, v, eta, mu
 
 
 class FastWeights(NamedTuple):
-    """The matrices of every memory head: gate, up ``[..., H, F, K]`` and down ``[..., H, K, F]``."""
+    """The matrices of each memory head: gate, up ``[..., H, F, K]``, down ``[..., H, K, F]``."""
 
     gate: Tensor
     up: Tensor
@@ -216,7 +216,7 @@ def memory_scan(
     of each row's document. Autocast is off inside.
 
     Args:
-        q: queries ``[B, T, H, K]``, any float dtype; the arithmetic is float32 (float64 for float64).
+        q: queries ``[B, T, H, K]``, any float dtype; computed in float32 (float64 for float64).
         k: keys, as q.
         v: values, as q.
         eta: learning rates ``[B, T, H, 3]``, >= 0, in the order gate, up, down. A token whose three
@@ -245,12 +245,11 @@ def memory_scan(
     pending = [0] * len(lengths) if state is None else state.pending_length.tolist()
     if len(pending) != len(lengths) or max(pending, default=0) >= chunk_size:
         raise ValueError(
-            f"state of {len(pending)} rows with up to {max(pending, default=0)} pending tokens does "
-            f"not fit {len(lengths)} rows and chunk_size={chunk_size}; keep the chunk_size of the "
-            "call that made it, and select the rows that go on"
+            f"state of {len(pending)} rows with up to {max(pending, default=0)} pending tokens "
+            f"does not fit {len(lengths)} rows and chunk_size={chunk_size}; keep the chunk_size of "
+            "the call that made it, and select the rows that go on"
         )
     same = len(set(lengths)) <= 1 and len(set(pending)) <= 1
-    streams: tuple[Tensor, ...] = (q, k, v, eta, mu)
     with torch.autocast(q.device.type, enabled=False):
         weights = weights.map(lambda w: w.to(dtype))
         if decay is not None:
@@ -258,11 +257,11 @@ def memory_scan(
         scan = _Scan(weights, row_norms(weights), chunk_size, clip, decay, dtype)
         if same:
             shape = (len(lengths), max(lengths, default=0))
-            rows = (x.reshape(*shape, *x.shape[2:]) for x in streams)
-            out, state = scan.uniform(*rows, state, return_state)
+            q_rows, *rows = (x.reshape(*shape, *x.shape[2:]) for x in (q, k, v, eta, mu))
+            out, state = scan.uniform(q_rows, tuple(rows), state, return_state)
         else:
-            flat = (x.flatten(0, 1) for x in streams)
-            out, state = scan.ragged(*flat, state, starts, pending, return_state)
+            q_flat, *flat = (x.flatten(0, 1) for x in (q, k, v, eta, mu))
+            out, state = scan.ragged(q_flat, tuple(flat), state, starts, pending, return_state)
         return out.reshape(q.shape).to(q.dtype), state
 
 
@@ -274,9 +273,9 @@ def _row_starts(q: Tensor, cu_seqlens: Tensor | None) -> list[int]:
     starts: list[int] = cu_seqlens.tolist()
     if num_rows != 1 or starts[:1] + starts[-1:] != [0, num_tokens] or sorted(starts) != starts:
         raise ValueError(
-            f"cu_seqlens of {len(starts)} entries, {starts[:1]} to {starts[-1:]}, does not rise from "
-            f"0 to T={num_tokens} in one packed sequence (B={num_rows}); give the document starts "
-            "and T, with B=1"
+            f"cu_seqlens of {len(starts)} entries, {starts[:1]} to {starts[-1:]}, does not rise "
+            f"from 0 to T={num_tokens} in one packed sequence (B={num_rows}); give the document "
+            "starts and T, with B=1"
         )
     return starts
 
@@ -305,9 +304,9 @@ class _Scan(NamedTuple):
         """Equation (8) for q ``[R, C, H, K]``, out likewise."""
         return read(self.heads_first(q), FastWeights(*memory[:3])).transpose(1, 2)
 
-    def write(self, k: Tensor, v: Tensor, eta: Tensor, mu: Tensor, memory: Memory) -> Memory:
-        """Equations (9) to (11) for one chunk, given as ``[R, C, H, ...]``."""
-        k, v, eta, mu = (self.heads_first(x) for x in (k, v, eta, mu))
+    def write(self, streams: Streams, memory: Memory) -> Memory:
+        """Equations (9) to (11) for one chunk, streams ``[R, C, H, ...]``."""
+        k, v, eta, mu = map(self.heads_first, streams)
         base = normalise(FastWeights(*memory[:3]), self.norms)
         steps: Sequence[Tensor] = descent(k, v, eta, base)
         if self.clip is not None:
@@ -321,21 +320,15 @@ class _Scan(NamedTuple):
         """``[R, C, H, ...]`` -> ``[R, H, C, ...]`` in the state's dtype, contiguous."""
         return x.to(self.dtype).transpose(1, 2).contiguous()
 
-    def with_pending(self, state: MemoryState | None, new: Streams, slots: int) -> Streams:
-        """The first ``slots`` pending tokens of each row before its new ones, ``[R, T, H, ...]``."""
-        if state is None or slots == 0:
-            return new
-        old = (x[:, :slots] for x in state.pending())
-        return tuple(torch.cat([a.to(b.dtype), b], 1) for a, b in zip(old, new, strict=True))
-
     def uniform(
-        self, q: Tensor, k: Tensor, v: Tensor, eta: Tensor, mu: Tensor,
-        state: MemoryState | None, return_state: bool,
-    ) -> tuple[Tensor, MemoryState | None]:  # fmt: skip
+        self, q: Tensor, streams: Streams, state: MemoryState | None, return_state: bool
+    ) -> tuple[Tensor, MemoryState | None]:
         """Rows of one length and one pending length: chunks are slices of ``[R, T, H, ...]``."""
         num_rows, size, memory = q.shape[0], self.chunk_size, self.start(state, q.shape[0])
         old = int(state.pending_length[0]) if state is not None and num_rows else 0
-        streams = self.with_pending(state, (k, v, eta, mu), old)
+        if state is not None and old:
+            held = (x[:, :old] for x in state.pending())
+            streams = tuple(torch.cat(pair, 1) for pair in zip(held, streams, strict=True))
         full, rest = divmod(old + q.shape[1], size)
         # split, not slices: the gradient of a slice is a tensor of the whole sequence
         pieces = [x.split([size] * full + [rest], 1) for x in streams]
@@ -343,7 +336,7 @@ class _Scan(NamedTuple):
         out = []
         for j in range(full):
             out.append(self.read(reads[j], memory))
-            memory = self.write(*(piece[j] for piece in pieces), memory)
+            memory = self.write(tuple(piece[j] for piece in pieces), memory)
         out.append(self.read(reads[-1], memory))
         if not return_state:
             return torch.cat(out, 1), None
@@ -351,8 +344,8 @@ class _Scan(NamedTuple):
         return torch.cat(out, 1), MemoryState.of(memory, rests, [rest] * num_rows)
 
     def ragged(
-        self, q: Tensor, k: Tensor, v: Tensor, eta: Tensor, mu: Tensor, state: MemoryState | None,
-        starts: list[int], pending: list[int], return_state: bool,
+        self, q: Tensor, streams: Streams, state: MemoryState | None, starts: list[int],
+        pending: list[int], return_state: bool,
     ) -> tuple[Tensor, MemoryState | None]:  # fmt: skip
         """Rows of any lengths: tokens are ``[T, H, ...]``, row i's from ``starts[i]``.
 
@@ -361,12 +354,9 @@ class _Scan(NamedTuple):
         """
         slots = 0 if state is None else state.pending_k.shape[1]
         cut = _Cut.make(starts, pending, self.chunk_size, slots)
-        streams: Streams = (k, v, eta, mu)
         if state is not None:
-            old = (x.flatten(0, 1) for x in state.pending())
-            streams = tuple(
-                torch.cat([a.to(b.dtype), b]) for a, b in zip(old, streams, strict=True)
-            )
+            held = (x.flatten(0, 1) for x in state.pending())
+            streams = tuple(torch.cat(pair) for pair in zip(held, streams, strict=True))
 
         def gather(x: Tensor, index: Tensor) -> Tensor:
             return x.index_select(0, index.flatten().to(x.device)).unflatten(0, index.shape)
@@ -386,7 +376,7 @@ class _Scan(NamedTuple):
                 done.insert(0, tuple(w[active:] for w in memory))
                 memory = tuple(w[:active] for w in memory)
             out.append(self.read(q_chunks[j], memory).flatten(0, 1))
-            memory = self.write(*(chunk[j] for chunk in chunks), memory)
+            memory = self.write(tuple(chunk[j] for chunk in chunks), memory)
         memory = tuple(torch.cat(rows) for rows in zip(memory, *done, strict=True))
         tails = list(cut.tails(state is None))
         read_tokens.extend(tokens.flatten() for tokens, _ in tails)
@@ -416,7 +406,7 @@ def _take(memory: Memory, rows: list[int]) -> Memory:
 
 
 class _Cut(NamedTuple):
-    """Where the chunks of each row lie; an index counts ``num_old`` pending slots, then new tokens."""
+    """Where each row's chunks lie; an index counts ``num_old`` pending slots, then new tokens."""
 
     starts: Tensor  # [R] index of a row's new tokens
     pending: Tensor  # [R] pending tokens before them
@@ -444,7 +434,7 @@ class _Cut(NamedTuple):
         shared = (slots, num_old, size, full, rest, order, ranks, active)
         return cls(first, torch.tensor(pending), *shared)
 
-    def index(self, rows: Tensor, position: Tensor) -> Tensor:
+    def locate(self, rows: Tensor, position: Tensor) -> Tensor:
         """Index of the tokens at ``position`` of ``rows``, pending tokens counted."""
         pending = self.pending[rows]
         new = self.starts[rows] + position - pending
@@ -456,12 +446,12 @@ class _Cut(NamedTuple):
         steps = [step for step, active in enumerate(self.active) for _ in range(active)]
         first = torch.tensor(steps, dtype=torch.int64)[:, None] * self.size
         rows_index = torch.tensor(rows, dtype=torch.int64)[:, None]
-        return self.index(rows_index, first + torch.arange(self.size))
+        return self.locate(rows_index, first + torch.arange(self.size))
 
     def rests(self) -> Tensor:
         """Index ``[R, max(rest)]`` of the tokens left pending, -1 where a row has fewer."""
         rows, slot = torch.arange(len(self.full))[:, None], torch.arange(max(self.rest))
-        index = self.index(rows, torch.tensor(self.full)[:, None] * self.size + slot)
+        index = self.locate(rows, torch.tensor(self.full)[:, None] * self.size + slot)
         return index.masked_fill(slot >= torch.tensor(self.rest)[:, None], -1)
 
     def tails(self, fresh: bool) -> Iterator[tuple[Tensor, list[int] | None]]:
