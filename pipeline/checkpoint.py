@@ -79,6 +79,15 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         raise _full_disk(error, path) from error
 
 
+def _flush(path: Path) -> None:
+    """Make the operating system write a file, or a folder's list of names, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def _full_disk(error: Exception, path: Path) -> OSError:
     """The same error with the path and a mend in its text."""
     text = str(error)
@@ -92,7 +101,9 @@ def _full_disk(error: Exception, path: Path) -> OSError:
             f"{os.strerror(number)} while saving {path} ({free:.1f} MiB free); free some space or set "
             "run.dir to a larger disk, then run the same command again",
         )
-    return OSError(number or errno.EIO, f"cannot save {path}: {text}; check the folder's permissions")
+    return OSError(
+        number or errno.EIO, f"cannot save {path}: {text}; check the folder's permissions"
+    )
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -193,9 +204,7 @@ def load_checkpoint(path: Path, *, with_optimizer: bool = True) -> Checkpoint:
     return Checkpoint(path=path, model=model, optimizer=optimizer, state=state)
 
 
-def refuse_other_config(
-    path: Path, stored: Mapping[str, Any], current: Mapping[str, Any]
-) -> None:
+def refuse_other_config(path: Path, stored: Mapping[str, Any], current: Mapping[str, Any]) -> None:
     """Compare two flat configurations.
 
     Raises:

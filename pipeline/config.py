@@ -43,8 +43,8 @@ def nearest(word: str, known: Sequence[str], *, how_many: int = 3) -> str:
         tail = word.rsplit(".", 1)[1]
         close = [key for key in known if key.rsplit(".", 1)[-1] == tail][:1]
     if not close and "." not in word:
-        close = [key for key in known if key.endswith("." + word)][:1]
-    if close:
+        close = [", ".join(key for key in known if key.endswith("." + word))]
+    if close and close[0]:
         return f"; did you mean {close[0]}?"
     shown = ", ".join(known) if len(known) <= 12 else ", ".join(known[: how_many * 4]) + ", …"
     return f"; known: {shown}"
@@ -93,7 +93,7 @@ def compose(overrides: Sequence[str]) -> RunConfig:
     Raises:
         ValueError: an unknown key, option or stage, a value of the wrong type or out of range.
     """
-    prepared = _check_overrides(overrides)
+    prepared, recipe = _check_overrides(overrides)
     try:
         with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
             composed = hydra_compose("run", overrides=prepared)
@@ -101,7 +101,9 @@ def compose(overrides: Sequence[str]) -> RunConfig:
     except (HydraException, OmegaConfBaseException) as error:
         line = " ".join(str(error).split())
         raise ValueError(f"configuration does not compose: {line}; see --help") from error
-    config: RunConfig = build(RunConfig, typing.cast(Mapping[str, Any], plain))
+    values = {**typing.cast(Mapping[str, Any], plain), "recipe": recipe}
+    values["run"] = {"dir": f"runs/{recipe}", **values.get("run", {})}
+    config: RunConfig = build(RunConfig, values)
     for entry in config.stages:
         split_entry(entry)
     split_entry(config.stage.name)
@@ -109,8 +111,8 @@ def compose(overrides: Sequence[str]) -> RunConfig:
     return config
 
 
-def _check_overrides(overrides: Sequence[str]) -> list[str]:
-    """Refuse unknown keys and options; give back overrides that Hydra takes."""
+def _check_overrides(overrides: Sequence[str]) -> tuple[list[str], str]:
+    """Refuse unknown keys and options; overrides that Hydra takes, and the recipe's name."""
     known_groups = groups()
     keys = sorted(set(schema_keys()))
     prepared, recipe = [], None
@@ -139,9 +141,10 @@ def _check_overrides(overrides: Sequence[str]) -> list[str]:
             raise ValueError(f"{key} is not a setting{nearest(key, shown)}")
         prepared.append("++" + text.lstrip("+"))
     if recipe is None:
-        raise ValueError(f"recipe is not given; set recipe=NAME, one of {', '.join(known_groups['recipe'])}")
-    prepared.append(f"++recipe={recipe}")
-    return prepared
+        raise ValueError(
+            f"recipe is not given; set recipe=NAME, one of {', '.join(known_groups['recipe'])}"
+        )
+    return prepared, recipe
 
 
 def _parse(text: str, keys: list[str]) -> Override:
@@ -264,7 +267,10 @@ def _convert_sequence(origin: type, options: tuple[Any, ...], value: Any, path: 
         hints = list(options)
     else:
         hints = [options[0] if options else Any] * len(value)
-    items = [_convert(hint, item, f"{path}[{i}]") for i, (hint, item) in enumerate(zip(hints, value, strict=True))]
+    items = [
+        _convert(hint, item, f"{path}[{i}]")
+        for i, (hint, item) in enumerate(zip(hints, value, strict=True))
+    ]
     return tuple(items) if origin is tuple else items
 
 
@@ -363,7 +369,11 @@ def help_text(section: str | None = None) -> str:
         "Recipes:",
         *(f"  {name:<16} {option_summary('recipe', name)}" for name in known["recipe"]),
         "Groups (group=option):",
-        *(f"  {name:<10} {', '.join(known[name])}" for name in known if name not in ("recipe", "stage")),
+        *(
+            f"  {name:<10} {', '.join(known[name])}"
+            for name in known
+            if name not in ("recipe", "stage")
+        ),
         "Sections (section.key=value; `--help SECTION` lists the keys):",
         *(f"  {name:<10} {docs.get(name, '')}" for name in sections if name != "stage"),
         "",
@@ -382,8 +392,10 @@ def _section_help(section: str, cls: type) -> str:
         else:
             default = "(section)" if item.default_factory is not MISSING else "(required)"
         lines.append(f"  {section}.{item.name} = {default}")
-        lines.extend(textwrap.wrap(docs.get(item.name, ""), 92, initial_indent="      ", subsequent_indent="      "))
+        lines.extend(
+            textwrap.wrap(
+                docs.get(item.name, ""), 92, initial_indent="      ", subsequent_indent="      "
+            )
+        )
     lines.append("Defaults are the schema's; a recipe may set others (see --cfg).")
     return "\n".join(lines)
-
-

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ EXIT_STOPPED = 143
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    # Megatron-Core tells at import which optional packages it does without.
+    warnings.filterwarnings("ignore", module=r"megatron\..*")
     debug = any(word.replace(" ", "").lower() == "run.debug=true" for word in words)
     try:
         if not words or words[0] in ("-h", "--help", "help"):

@@ -50,8 +50,8 @@ def _fraction(section: str, values: dict[str, float]) -> None:
 class RunSettings:
     """Where a run lives and how it is reproduced."""
 
-    dir: str = "runs/default"
-    """Folder of everything that this run writes, one subfolder a stage."""
+    dir: str
+    """Folder of everything that this run writes, one subfolder a stage; default: runs/RECIPE."""
 
     seed: int = 0
     """Seed of weights, data order and the random s, W, c; the same on all ranks."""
@@ -448,7 +448,7 @@ class RunConfig:
     stage: StageChoice = field(default_factory=StageChoice)
     """Which stage this call runs."""
 
-    run: RunSettings = field(default_factory=RunSettings)
+    run: RunSettings
     """Folder, seed, messages."""
 
     model: ModelSettings

@@ -44,9 +44,7 @@ def metric_name(name: str) -> str:
 
 
 @contextlib.contextmanager
-def track(
-    config: RunConfig, context: StageContext, *, resume_only: bool = False
-) -> Iterator[None]:
+def track(config: RunConfig, context: StageContext, *, resume_only: bool = False) -> Iterator[None]:
     """Ship the stage's metrics to MLflow while the block runs.
 
     Args:
@@ -173,6 +171,7 @@ class Shipper:
             self._shipped[kind] = max((point.step for point in history), default=-1)
         self._offset = 0
         self._log_params(client, child)
+        self._note_complete(False)
         self._client = client
 
     def _open_run(
@@ -264,6 +263,9 @@ class Shipper:
         status = self._status or "FINISHED"
         for run_id in self._runs.values():
             self._client.set_terminated(run_id, status)
-        note = json.loads(self._child_file.read_text())
-        write_json(self._child_file, {**note, "complete": status == "FINISHED"})
+        self._note_complete(True)
 
+    def _note_complete(self, complete: bool) -> None:
+        """Note beside the run id whether the server has every line."""
+        note = json.loads(self._child_file.read_text())
+        write_json(self._child_file, {**note, "complete": complete})
