@@ -90,47 +90,42 @@ def _shifted(query: Query, start: int) -> Query:
 
 
 def select(
-    documents: Iterable[EvalDocument],
+    sources: Sequence[Iterable[EvalDocument]],
     *,
-    kinds: Sequence[str],
-    max_per_kind: int,
+    kind: str,
+    max_documents: int,
     min_length: int,
     full_length: int,
 ) -> list[EvalDocument]:
-    """The first documents of each kind, those of full length before shorter ones.
+    """The first documents of a kind, its sources in turn, full length before shorter ones.
 
-    Reads no further than it must: it stops once every kind has enough documents of full length.
+    Reads no further than it must: it stops once it has enough documents of full length.
 
     Args:
-        documents: in the shards' order.
-        kinds: kinds to take.
-        max_per_kind: documents of each kind; 0 takes all.
+        sources: documents of this kind in the order of each source's shards.
+        kind: for the message.
+        max_documents: how many to take; 0 takes all.
         min_length: shorter documents are left out.
         full_length: tokens of the longest document there can be.
 
     Raises:
-        ValueError: no document of a kind is long enough.
+        ValueError: no document is long enough.
     """
-    found: dict[str, list[EvalDocument]] = {kind: [] for kind in kinds}
-    num_full = dict.fromkeys(kinds, 0)
-    for document in documents:
-        if document.kind not in found or len(document.tokens) < min_length:
-            continue
-        found[document.kind].append(document)
-        num_full[document.kind] += len(document.tokens) >= full_length
-        if max_per_kind and min(num_full.values()) >= max_per_kind:
+    found: list[EvalDocument] = []
+    num_full = 0
+    for turn in itertools.zip_longest(*sources):
+        for document in turn:
+            if document is not None and len(document.tokens) >= min_length:
+                found.append(document)
+                num_full += len(document.tokens) >= full_length
+        if max_documents and num_full >= max_documents:
             break
-    for kind, chosen in found.items():
-        if not chosen:
-            raise ValueError(
-                f"no held-out {kind} document has {min_length} tokens or more; lower "
-                f"eval.min_length, prepare longer documents, or leave {kind} out of eval.kinds"
-            )
-    return [
-        document
-        for chosen in found.values()
-        for document in sorted(chosen, key=lambda d: -len(d.tokens))[: max_per_kind or None]
-    ]
+    if not found:
+        raise ValueError(
+            f"no held-out {kind} document has {min_length} tokens or more; lower "
+            f"eval.min_length, prepare longer documents, or leave {kind} out of eval.kinds"
+        )
+    return sorted(found, key=lambda d: -len(d.tokens))[: max_documents or None]
 
 
 def batches_of(documents: Iterable[EvalDocument], batch_size: int) -> list[list[EvalDocument]]:
@@ -146,7 +141,7 @@ def batches_of(documents: Iterable[EvalDocument], batch_size: int) -> list[list[
     batches = []
     for group in groups.values():
         count = -(-len(group) // batch_size)
-        if count > 1 and len(group) // count < 2:  # a batch of one would be left
+        if batch_size > 1 < count and len(group) // count < 2:  # a batch of one would be left
             count -= 1
         batches += [group[start::count] for start in range(count)]
     return batches

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rich import box
 from rich.table import Table as RichTable
 
 ROW_TITLES = {
@@ -130,15 +131,22 @@ def markdown_table(results: Mapping[str, Any]) -> str:
 
 
 def terminal_table(results: Mapping[str, Any]) -> RichTable:
-    """The same table for `rich.print`; the controls set off by a line."""
+    """The same table for `rich.print`, within 80 columns; a line sets the controls off."""
     headings, rows = table_cells(results)
-    table = RichTable(title="AllMem evaluation", caption=caption(results), caption_justify="left")
-    table.add_column(headings[0], no_wrap=True)
-    for heading in headings[1:]:
-        table.add_column(heading, justify="right")
+    table = RichTable(
+        title="AllMem evaluation",
+        caption=caption(results),
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    for index, heading in enumerate(headings):
+        lines = heading.replace(" ", "\n")
+        table.add_column(lines, justify="right" if index else "left", vertical="bottom")
     num_controls = sum(1 for name in results["config"]["controls"] if name in results["controls"])
-    for index, row in enumerate(rows):
-        table.add_row(*row, end_section=index == len(rows) - num_controls - 1)
+    for index, (title, *cells) in enumerate(rows):
+        unbroken = [cell.replace(" ", "\N{NO-BREAK SPACE}") for cell in (title, *cells)]
+        table.add_row(*unbroken, end_section=index == len(rows) - num_controls - 1)
     return table
 
 

@@ -25,12 +25,13 @@ from pipeline.costs import MixerShape, cache_bytes, flops_ratio
 from pipeline.models import lineage
 from pipeline.schema import RunConfig
 
-CONTROL_SETTINGS: dict[str, dict[str, bool]] = {
+CONTROL_SETTINGS: dict[str, dict[str, Any]] = {
     "memory_off": {"memory_off": True},
     "write_off": {"write_off": True},
     "state_shuffled": {"shuffle_state": True},
 }
 BRANCH_OF = {"full": "none", "swa": "none", "mamba2": "mamba2", "allmem": "allmem"}
+"""The branch whose weights a mixer needs."""
 
 
 @dataclass(frozen=True, kw_only=True)

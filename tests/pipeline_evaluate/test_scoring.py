@@ -12,11 +12,9 @@ import torch
 from torch import Tensor
 
 from allmem_megatron.config import MixerSettings
+from evals.documents import EvalDocument
 from evals.recall import Query
 from pipeline.scoring import (
-    EvalDocument,
-    batches_of,
-    documents_of,
     next_token_scores,
     prefill,
     prefill_speeds,
@@ -129,59 +127,6 @@ def test_teacher_forced_match_equals_greedy_decoding() -> None:
     assert matches > 0
 
 
-def sample_meta(**fields: Any) -> dict[str, Any]:
-    return {"kind": "text", "ids": ["x", "y"], "source": "s", **fields}
-
-
-def test_a_packed_sample_gives_its_documents_without_padding() -> None:
-    tokens = np.arange(10, dtype=np.int32)
-    documents = documents_of(
-        tokens,
-        np.ones(10, dtype=np.uint8),
-        [0, 4, 7, 10],
-        sample_meta(num_padding=3),
-    )
-    assert [d.id for d in documents] == ["x", "y"]
-    assert [d.tokens.tolist() for d in documents] == [[0, 1, 2, 3], [4, 5, 6]]
-    assert [d.targets.tolist() for d in documents] == [[False] + [True] * 3, [False] + [True] * 2]
-
-
-def test_queries_move_with_their_document_and_set_the_targets_of_recall() -> None:
-    spans = {"evidence_start": 4, "evidence_end": 5, "answer_start": 6, "answer_end": 8}
-    (first, second) = documents_of(
-        np.arange(9, dtype=np.int32),
-        np.ones(9, dtype=np.uint8),
-        [0, 3, 9],
-        sample_meta(kind="recall", queries=[{**spans, "distance": 2}]),
-    )
-    assert first.queries == []
-    assert second.queries == [Query(evidence_start=1, evidence_end=2, answer_start=3, answer_end=5)]
-    assert second.targets.tolist() == [False, False, False, True, True, False]
-
-
-def test_a_query_across_a_border_is_refused() -> None:
-    spans = {"evidence_start": 1, "evidence_end": 2, "answer_start": 6, "answer_end": 8}
-    with pytest.raises(ValueError, match="1 of 1 queries of sample x"):
-        documents_of(
-            np.arange(9, dtype=np.int32),
-            np.ones(9, dtype=np.uint8),
-            [0, 3, 9],
-            sample_meta(queries=[spans]),
-        )
-
-
-def test_batches_hold_one_kind_and_length_and_leave_none_alone() -> None:
-    documents = [document(str(i), [0] * 4) for i in range(5)]
-    documents += [document("long", [0] * 6), document("recall", [0] * 4, kind="recall")]
-    batches = batches_of(documents, 2)
-    assert [[d.id for d in batch] for batch in batches] == [
-        ["0", "1"],
-        ["2", "3", "4"],
-        ["long"],
-        ["recall"],
-    ]
-
-
 def test_prefill_gives_the_last_logits_under_its_mixer() -> None:
     model = Bigrams(table())
     logits = prefill(model, torch.tensor([[0, 1], [1, 2]]), SETTINGS)
@@ -201,7 +146,7 @@ def test_speed_is_the_median_and_runs_take_turns() -> None:
 
     speeds = prefill_speeds(
         {"a": lambda: run("a", 0.004), "b": lambda: run("b", 0.012)},
-        120,
+        {"a": 120, "b": 120},
         repeats=5,
         warmup=1,
         device=CPU,
