@@ -52,7 +52,12 @@ class MicroBatch(NamedTuple):
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same on another device."""
-        return MicroBatch(*(None if x is None else x.to(device, non_blocking=True) for x in self))
+        borders = self.cu_seqlens
+        return MicroBatch(
+            self.tokens.to(device, non_blocking=True),
+            self.targets.to(device, non_blocking=True),
+            None if borders is None else borders.to(device, non_blocking=True),
+        )
 
 
 def split_batch(

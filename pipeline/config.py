@@ -10,7 +10,6 @@ import ast
 import difflib
 import inspect
 import json
-import sys
 import textwrap
 import types
 import typing

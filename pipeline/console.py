@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 class Advance(Protocol):
     """Tells how far the work is: units done so far, and a few words beside the bar."""
 
-    def __call__(self, done: int, note: str = "") -> None: ...  # noqa: D102
+    def __call__(self, done: int, note: str = "") -> None: ...
 
 
 class Reporter:

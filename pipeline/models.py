@@ -50,9 +50,7 @@ def lineage(config: RunConfig, *, branch: str, before: str | None = None) -> lis
         if entry == before:
             break
         name, _ = split_entry(entry)
-        if name == "pretrain" or (
-            name in TRAINING_STAGES and branch_of(config, entry) == branch
-        ):
+        if name == "pretrain" or (name in TRAINING_STAGES and branch_of(config, entry) == branch):
             found.append(entry)
     return found
 

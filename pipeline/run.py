@@ -140,7 +140,9 @@ def _run_stage(config: RunConfig, entry: str, run_dir: Path, ranks: Any) -> None
         context.say(f"{entry}: already complete ({done})")
         with track(config, context, resume_only=True):
             return
-    on_main(ranks, lambda: write_json(folder / "config.json", to_plain(config)))
+    on_main(
+        ranks, lambda: write_json(run_dir / "configs" / f"{folder.name}.json", to_plain(config))
+    )
     module = importlib.import_module(f"pipeline.stages.{name}")
     started = time.time()
     with track(config, context):

@@ -34,6 +34,7 @@ LOGGED_STEP = "logged_step"
 HEADLINES = ("train/loss", "train/grad_norm", "train/lr", "tokens_per_s")
 """Metrics that the parent run gets too, under the stage's name."""
 
+_PARENT = "(recipe)"
 _BATCH = 1000
 _MAX_PARAM = 6000
 
@@ -52,8 +53,7 @@ def track(config: RunConfig, context: StageContext, *, resume_only: bool = False
         context: the stage.
         resume_only: only send what an earlier process could not.
     """
-    record = context.dir / "tracking.json"
-    pending = not record.is_file() or not json.loads(record.read_text()).get("complete")
+    pending = not _Notes(context.run_dir).read(folder_name(context.entry)).get("complete")
     if not (config.tracking.enabled and context.ranks.is_main) or (resume_only and not pending):
         yield
         return
@@ -80,8 +80,7 @@ class Shipper:
         self._recipe = config.recipe
         self._uri = config.tracking.uri or f"sqlite:///{context.run_dir.resolve()}/mlflow.db"
         self._label = folder_name(context.entry)
-        self._parent_file = context.run_dir / "tracking.json"
-        self._child_file = context.dir / "tracking.json"
+        self._notes = _Notes(context.run_dir)
         self._offset = 0
         self._status: str | None = None
         self._warned = False
@@ -108,9 +107,7 @@ class Shipper:
             )
 
     def _is_complete(self) -> bool:
-        return self._child_file.is_file() and bool(
-            json.loads(self._child_file.read_text()).get("complete")
-        )
+        return bool(self._notes.read(self._label).get("complete"))
 
     def _work(self) -> None:
         deadline = math.inf
@@ -162,9 +159,9 @@ class Shipper:
             else client.create_experiment(self._settings.experiment)
         )
         name = self._settings.run_name or f"{self._recipe} {self._context.run_dir.resolve().name}"
-        parent = self._open_run(client, experiment_id, self._parent_file, name, {})
+        parent = self._open_run(client, experiment_id, _PARENT, name, {})
         child_tags = {"mlflow.parentRunId": parent, "stage": self._context.entry}
-        child = self._open_run(client, experiment_id, self._child_file, self._label, child_tags)
+        child = self._open_run(client, experiment_id, self._label, self._label, child_tags)
         self._runs = {"parent": parent, "child": child}
         for kind, key in (("child", LOGGED_STEP), ("parent", f"{self._label}/{LOGGED_STEP}")):
             history = client.get_metric_history(self._runs[kind], key)
@@ -175,33 +172,26 @@ class Shipper:
         self._client = client
 
     def _open_run(
-        self, client: Any, experiment_id: str, file: Path, name: str, tags: Mapping[str, str]
+        self, client: Any, experiment_id: str, place: str, name: str, tags: Mapping[str, str]
     ) -> str:
-        """The run noted in `file`, or a new one noted there before it is made."""
-        note = json.loads(file.read_text()) if file.is_file() else {}
+        """The run noted for `place`, or a new one whose key is noted before it is made."""
+        note = self._notes.read(place)
         if note.get("uri") != self._uri:
             note = {"uri": self._uri, "key": uuid.uuid4().hex}
-            write_json(file, note)
+            self._notes.write(place, note)
         if "run_id" not in note:
             # A kill may have come between making the run and noting its id: look for the key.
             found = client.search_runs([experiment_id], f"tags.`allmem.key` = '{note['key']}'")
-            run = (
-                found[0]
-                if found
-                else client.create_run(
-                    experiment_id,
-                    run_name=name,
-                    tags={
-                        **tags,
-                        "allmem.key": note["key"],
-                        "mlflow.source.git.commit": self._context.commit.rstrip("+"),
-                        "commit": self._context.commit,
-                        "recipe": self._recipe,
-                    },
-                )
-            )
+            about = {
+                **tags,
+                "allmem.key": note["key"],
+                "mlflow.source.git.commit": self._context.commit.rstrip("+"),
+                "commit": self._context.commit,
+                "recipe": self._recipe,
+            }
+            run = found[0] if found else client.create_run(experiment_id, run_name=name, tags=about)
             note["run_id"] = run.info.run_id
-            write_json(file, note)
+            self._notes.write(place, note)
         run_id = str(note["run_id"])
         client.update_run(run_id, status="RUNNING")
         return run_id
@@ -267,5 +257,25 @@ class Shipper:
 
     def _note_complete(self, complete: bool) -> None:
         """Note beside the run id whether the server has every line."""
-        note = json.loads(self._child_file.read_text())
-        write_json(self._child_file, {**note, "complete": complete})
+        self._notes.write(self._label, {**self._notes.read(self._label), "complete": complete})
+
+
+class _Notes:
+    """`tracking.json` in run.dir: server, run id and key of the parent and of each stage."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._path = run_dir / "tracking.json"
+
+    def read(self, place: str) -> dict[str, Any]:
+        """What is noted for a stage's label or for the parent."""
+        return dict(self._all().get(place, {}))
+
+    def write(self, place: str, note: Mapping[str, Any]) -> None:
+        """Note it, atomically."""
+        write_json(self._path, {**self._all(), place: dict(note)})
+
+    def _all(self) -> dict[str, Any]:
+        if not self._path.is_file():
+            return {}
+        notes: dict[str, Any] = json.loads(self._path.read_text(encoding="utf-8"))
+        return notes

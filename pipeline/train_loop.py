@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from allmem_megatron.config import MixerSettings
 from allmem_megatron.convert import model_to_hf
 from data_prep.loader import Batch, ShardLoader
+from pipeline.batches import MicroBatch, split_batch
 from pipeline.checkpoint import (
     Checkpoint,
     latest_checkpoint,
@@ -32,7 +33,6 @@ from pipeline.context import StageContext
 from pipeline.distributed import barrier, on_main, seed_everything, sum_over_ranks
 from pipeline.engine import MOMENTS, Engine
 from pipeline.models import choose_dtype, parts_for
-from pipeline.batches import MicroBatch, split_batch
 from pipeline.objectives import Objective
 from pipeline.schedule import step_seed, wsd_lr
 from pipeline.schema import RunConfig, TrainSettings
@@ -41,7 +41,7 @@ MEMORY_STATISTICS_EVERY = 20
 """Lines of `metrics.jsonl` between those with the memory's statistics."""
 
 
-class StopRequested(Exception):  # noqa: N818 - not an error: the scheduler asked for a pause
+class StopRequested(Exception):
     """The process was asked to end; a checkpoint was written first."""
 
 
