@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich import box
+from rich.console import JustifyMethod
 from rich.table import Table as RichTable
 
 ROW_TITLES = {
@@ -141,12 +142,12 @@ def terminal_table(results: Mapping[str, Any]) -> RichTable:
         padding=(0, 1, 0, 0),
     )
     for index, heading in enumerate(headings):
+        justify: JustifyMethod = "right" if index else "left"
         lines = heading.replace(" ", "\n")
-        table.add_column(lines, justify="right" if index else "left", vertical="bottom")
+        table.add_column(lines, justify=justify, vertical="bottom", no_wrap=True)
     num_controls = sum(1 for name in results["config"]["controls"] if name in results["controls"])
-    for index, (title, *cells) in enumerate(rows):
-        unbroken = [cell.replace(" ", "\N{NO-BREAK SPACE}") for cell in (title, *cells)]
-        table.add_row(*unbroken, end_section=index == len(rows) - num_controls - 1)
+    for index, row in enumerate(rows):
+        table.add_row(*row, end_section=index == len(rows) - num_controls - 1)
     return table
 
 

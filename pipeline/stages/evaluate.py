@@ -47,6 +47,9 @@ from pipeline.report import write_report
 from pipeline.schema import RunConfig
 from pipeline.scoring import prefill, prefill_speeds, score_batch
 
+TABLE_WIDTH = 80
+"""Columns that the table needs, whatever the terminal says it has."""
+
 
 def run(config: RunConfig, context: StageContext) -> None:
     """Measure every mixer and control, write results, table and figures, and print the table.
@@ -64,7 +67,8 @@ def run(config: RunConfig, context: StageContext) -> None:
     step = max((line["step"] for _, line in read_lines(context.metrics.path)), default=-1) + 1
     context.log(step, headline(results))
     if context.ranks.is_main:
-        Console().print(terminal_table(results))
+        console = Console()
+        Console(width=max(console.width, TABLE_WIDTH)).print(terminal_table(results))
     context.say(f"wrote {', '.join(path.name for path in files)}")
 
 

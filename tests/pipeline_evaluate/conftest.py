@@ -107,6 +107,9 @@ class TinyRun:
     def __init__(self, folder: Path) -> None:
         self.dir = folder / "run"
         self.base_dir = folder / "base"
+
+    def prepare(self) -> None:
+        """Write the base model and the shards."""
         model = build_model(BASE, seed=0, init_std=0.3)
         save_hf_dir(self.base_dir, BASE, model_to_hf(model))
         write_shards(self.dir / "prepare")
@@ -141,22 +144,23 @@ class TinyRun:
             eval=dataclasses.replace(EVAL, **changes),
         )
 
-    def context(self, config: RunConfig) -> StageContext:
+    def context(self, config: RunConfig, ranks: Ranks | None = None) -> StageContext:
         """What `pipeline.run` would hand to the stage."""
+        ranks = ranks or Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
         return StageContext(
             entry="evaluate",
             branch="allmem",
             run_dir=self.dir,
-            ranks=Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu")),
-            reporter=Reporter(),
-            metrics=MetricsLog(self.dir / "evaluate" / "metrics.jsonl"),
+            ranks=ranks,
+            reporter=Reporter(enabled=ranks.is_main),
+            metrics=MetricsLog(self.dir / "evaluate" / "metrics.jsonl", enabled=ranks.is_main),
             fingerprint=fingerprint(config, "evaluate"),
             commit="0123abc",
         )
 
-    def evaluate(self, config: RunConfig) -> dict[str, Any]:
+    def evaluate(self, config: RunConfig, ranks: Ranks | None = None) -> dict[str, Any]:
         """Run the stage and read its results."""
-        evaluate.run(config, self.context(config))
+        evaluate.run(config, self.context(config, ranks))
         results: dict[str, Any] = json.loads((self.dir / "evaluate/results.json").read_text())
         return results
 
@@ -164,4 +168,6 @@ class TinyRun:
 @pytest.fixture
 def tiny_run(tmp_path: Path) -> TinyRun:
     """A prepared run with nothing trained yet."""
-    return TinyRun(tmp_path)
+    run = TinyRun(tmp_path)
+    run.prepare()
+    return run

@@ -1,6 +1,12 @@
 """The stage measures what it says, on a tiny run whose rows stand in known relations."""
 
 import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -103,6 +109,32 @@ def check_files_and_numbers(tiny_run: Any, results: dict[str, Any]) -> None:
     for name, value in headline(results).items():
         assert logged[name] == value
     assert "allmem/recall/exact_match_outside_window" in logged
+
+
+def test_two_ranks_measure_what_one_does(tiny_run: Any) -> None:
+    tiny_run.train("convert", alpha=0.7)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    launcher = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    worker = Path(__file__).with_name("rank_worker.py")
+    environment = {**os.environ, "PYTHONPATH": str(worker.parents[2]), **launcher}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(worker), str(tiny_run.dir.parent)],
+            env={**environment, "RANK": rank, "LOCAL_RANK": rank},
+        )
+        for rank in ("0", "1")
+    ]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    two = json.loads((tiny_run.dir / "evaluate/results.json").read_text())
+    shutil.rmtree(tiny_run.dir / "evaluate")
+    one = tiny_run.evaluate(tiny_run.config())
+    for rows in ("mixers", "controls"):
+        assert list(two[rows]) == list(one[rows])
+        for name, tasks in one[rows].items():
+            for task in set(tasks) - {"speed", "memory"}:  # a rank's own time, its last batch
+                assert two[rows][name][task] == pytest.approx(tasks[task], abs=1e-6), (name, task)
 
 
 def test_a_memory_that_learned_nothing_equals_the_window(tiny_run: Any) -> None:
