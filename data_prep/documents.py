@@ -9,6 +9,7 @@ from __future__ import annotations
 import glob
 import gzip
 import importlib.util
+import io
 import json
 import lzma
 from collections.abc import Callable, Iterator
@@ -188,9 +189,45 @@ def _open(file: Path) -> IO[bytes]:
             raise ValueError(
                 f"{file.name} needs the package zstandard: pip install zstandard"
             ) from error
-        stream: IO[bytes] = zstandard.open(file, "rb")
-        return stream
+        decompressor = zstandard.ZstdDecompressor()
+        return cast(IO[bytes], io.BufferedReader(_ZstdReader(file, decompressor), 1 << 20))
     return open(file, "rb")
+
+
+class _ZstdReader(io.RawIOBase):
+    """A zstd file, frame after frame; unlike zstandard's reader it tells a truncated one."""
+
+    def __init__(self, file: Path, decompressor: Any) -> None:
+        self._stream = open(file, "rb")  # noqa: SIM115 - closed with this reader
+        self._decompressor = decompressor
+        self._frame: Any = None
+        self._ready = b""
+
+    def readable(self) -> bool:
+        """As `io.RawIOBase` says."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """As `io.RawIOBase` says; raises EOFError where the last frame is not whole."""
+        while not self._ready:
+            rest = self._frame.unused_data if self._frame is not None and self._frame.eof else b""
+            data = rest or self._stream.read(1 << 16)
+            if not data:
+                if self._frame is not None and not self._frame.eof:
+                    raise EOFError("zstd frame ended early")
+                return 0
+            if self._frame is None or self._frame.eof:
+                self._frame = self._decompressor.decompressobj()
+            self._ready = self._frame.decompress(data)
+        count = min(len(buffer), len(self._ready))
+        buffer[:count] = self._ready[:count]
+        self._ready = self._ready[count:]
+        return count
+
+    def close(self) -> None:
+        """As `io.RawIOBase` says."""
+        self._stream.close()
+        super().close()
 
 
 def _read_jsonl_files(

@@ -1,8 +1,8 @@
 """Shards: webdataset tar files of samples, the same bytes whenever they are written.
 
 A sample is four members, `KEY.tokens.npy`, `KEY.loss_mask.npy`, `KEY.cu_seqlens.npy` and
-`KEY.meta.json` (no pickle). A tar file is written under a temporary name, flushed to disk and renamed, so that a
-name without `.partial` is always whole. Headers carry no time and no user.
+`KEY.meta.json` (no pickle). A tar file is written under a temporary name, flushed to disk and
+renamed, so that a name without `.partial` is always whole. Headers carry no time and no user.
 """
 
 from __future__ import annotations
