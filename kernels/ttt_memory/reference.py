@@ -318,7 +318,8 @@ class _Scan(NamedTuple):
 
     def heads_first(self, x: Tensor) -> Tensor:
         """``[R, C, H, ...]`` -> ``[R, H, C, ...]`` in the state's dtype, contiguous."""
-        return x.to(self.dtype).transpose(1, 2).contiguous()
+        x = x.transpose(1, 2).to(self.dtype, memory_format=torch.contiguous_format)
+        return x.contiguous()  # ``to`` leaves a transposed view alone where the dtype is the same
 
     def uniform(
         self, q: Tensor, streams: Streams, state: MemoryState | None, return_state: bool
@@ -354,7 +355,7 @@ class _Scan(NamedTuple):
         """
         slots = 0 if state is None else state.pending_k.shape[1]
         cut = _Cut.make(starts, pending, self.chunk_size, slots)
-        if state is not None:
+        if state is not None and slots:
             held = (x.flatten(0, 1) for x in state.pending())
             streams = tuple(torch.cat(pair) for pair in zip(held, streams, strict=True))
 
