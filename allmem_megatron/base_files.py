@@ -183,9 +183,13 @@ def save_hf_dir(
             _sync(file)
         _sync(scratch)
         _replace(scratch, path)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            f"cannot save a model to {path}: {error}; free or choose a disk with room and save"
+            " again"
+        ) from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)  # gone already where it took its name
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

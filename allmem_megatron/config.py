@@ -240,7 +240,8 @@ class MemoryConfig:
         """n for this base model. Raises: ValueError when n does not divide memory_size."""
         n = self.num_heads or base.num_kv_heads
         if self.memory_size % n:
-            nearest = max(n, round(self.memory_size / n) * n)
+            step = 16 * n if self.memory_size >= 16 * n else n  # head widths that hardware likes
+            nearest = round(self.memory_size / step) * step or n
             raise ValueError(
                 f"memory_size={self.memory_size} is not a multiple of its {n} heads;"
                 f" set memory.memory_size to {nearest} or memory.num_heads to a divisor"

@@ -35,7 +35,12 @@ def generator_for(seed: int, name: str) -> torch.Generator:
 
 
 def initialise(
-    model: AllMemGPTModel, *, seed: int, init_std: float, embedding_std: float | None
+    model: AllMemGPTModel,
+    *,
+    seed: int,
+    init_std: float,
+    embedding_std: float | None,
+    base: bool = True,
 ) -> None:
     """Draws every parameter of `model`.
 
@@ -50,10 +55,14 @@ def initialise(
         seed: of all generators.
         init_std: of all projections.
         embedding_std: of the token embedding; None: init_std.
+        base: False fills the base model's weights with NaN, for a checkpoint to replace.
     """
     memory = model.memory_config or MemoryConfig()
     stds = {"model.embed_tokens.weight": init_std if embedding_std is None else embedding_std}
-    for mcore_name, parameter in model.named_parameters():
+    if not base:
+        for _, parameter in model.base_parameters():
+            torch.nn.init.constant_(parameter, math.nan)
+    for mcore_name, parameter in model.named_parameters() if base else model.memory_parameters():
         blank = torch.empty(full_shape(parameter), device="meta")
         drawn = {
             name: _draw(name, part.shape, generator_for(seed, name), memory, stds, init_std)

@@ -148,6 +148,7 @@ class AllMemGPTModel(GPTModel):
                 f" multiple of {tp}"
             )
         if cu_seqlens is not None:
+            cu_seqlens = cu_seqlens.cpu()  # it steers Python loops: wait for a GPU once, not often
             _check_bounds(cu_seqlens, batch, num_tokens)
         if self._rotary_frequencies.device != tokens.device:
             self._rotary_frequencies = self._rotary_frequencies.to(tokens.device)
@@ -239,6 +240,7 @@ def build_model(
     sequence_parallel: bool = False,
     init_std: float = 0.02,
     embedding_std: float | None = None,
+    init_base: bool = True,
 ) -> AllMemGPTModel:
     """Builds the model with freshly drawn weights, on the CPU; move it with `.to(device)`.
 
@@ -254,6 +256,8 @@ def build_model(
             tensor-parallel ranks.
         init_std: of projections drawn at random.
         embedding_std: of the token embedding; None: init_std.
+        init_base: False fills the base weights with NaN instead of drawing them, which is quicker
+            where a checkpoint is loaded anyway.
 
     Raises:
         ValueError: an unknown branch, or sizes that do not fit each other or the ranks.
@@ -277,7 +281,7 @@ def build_model(
             sequence_parallel=sequence_parallel and tp > 1,
         )
     if not meta:
-        initialise(model, seed=seed, init_std=init_std, embedding_std=embedding_std)
+        initialise(model, seed=seed, init_std=init_std, embedding_std=embedding_std, base=init_base)
     for layer in model.decoder.layers:
         layer.recompute = recompute
         layer.self_attention.recompute = recompute

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 
 import pytest
 import torch
@@ -91,6 +92,19 @@ def test_initial_weights_follow_the_specification(hf_config):
     assert not torch.equal(other[prefix + "k_proj.weight"], drawn)
 
 
+def test_base_weights_left_out_are_nan_until_loaded(hf_model, hf_tensors):
+    hf = hf_model("qwen3")
+    base = BaseModelConfig.from_hf(hf.config.to_dict())
+    memory = MemoryConfig(memory_size=16)
+    drawn = build_model(base, branch="allmem", memory=memory)
+    model = build_model(base, branch="allmem", memory=memory, init_base=False)
+    assert all(p.isnan().all() for _, p in model.base_parameters())
+    for (name, p), (_, q) in zip(model.memory_parameters(), drawn.memory_parameters(), strict=True):
+        assert torch.equal(p, q), name
+    load_hf_tensors(model, hf_tensors(hf), part="base")
+    assert not any(p.isnan().any() for p in model.parameters())
+
+
 @pytest.mark.parametrize(("n", "d_h"), [(2, 4), (2, 12), (1, 8), (4, 8)])
 def test_memory_can_start_from_the_base(n, d_h, hf_model, ours):
     """head_dim 8, 2 key-value heads, 3 queries to each."""
@@ -156,6 +170,8 @@ def test_bad_settings_are_refused(hf_config):
     base = BaseModelConfig.from_hf(hf_config("llama", False))
     with pytest.raises(ValueError, match="branch='ttt' is not known"):
         build_model(base, branch="ttt")
+    with pytest.raises(ValueError, match=r"multiple of its 3 heads; set memory.memory_size to 528"):
+        build_model(base, branch="allmem", memory=MemoryConfig(num_heads=3))
     with pytest.raises(ValueError, match="not a multiple of its 3 heads"):
         build_model(base, branch="allmem", memory=MemoryConfig(memory_size=64, num_heads=3))
     with pytest.raises(ValueError, match="eta_init=0"):
@@ -212,7 +228,14 @@ def test_a_failed_save_leaves_what_was_there(tmp_path, hf_model, hf_tensors):
     tensors, config = hf_tensors(hf), BaseModelConfig.from_hf(hf.config.to_dict())
     save_hf_dir(tmp_path / "m", config, tensors)
     before = {p.name: p.read_bytes() for p in (tmp_path / "m").iterdir()}
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(OSError, match="cannot save a model"):
         save_hf_dir(tmp_path / "m", config, tensors, [tmp_path / "absent_tokenizer.json"])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # as a full disk would
+    try:
+        with pytest.raises(OSError, match="free or choose a disk with room"):
+            save_hf_dir(tmp_path / "m", config, tensors)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert {p.name: p.read_bytes() for p in (tmp_path / "m").iterdir()} == before
     assert [p.name for p in tmp_path.iterdir()] == ["m"]

@@ -188,6 +188,9 @@ def test_align_mode_trains_each_branch_towards_what_the_window_misses(hf_model, 
         sum(losses).backward()
         optimizer.step()
         history.append(float(sum(losses)))
+    with model.mixer(settings("align")):  # a single row reaches the layers as a view
+        assert not model.hidden_states(tokens[:1]).requires_grad
+    assert all(loss.requires_grad for loss in model.align_losses())
     assert history[0] == pytest.approx(2.0)  # alpha = 0: all of it is missing, in both layers
     assert history[-1] < 1.7
     with pytest.raises(ValueError, match="no alignment losses"):
@@ -195,6 +198,27 @@ def test_align_mode_trains_each_branch_towards_what_the_window_misses(hf_model, 
     with model.mixer(settings("align")):  # shorter than the window: nothing to learn, no NaN
         model.hidden_states(tokens[:, :WINDOW])
     assert [float(loss) for loss in model.align_losses()] == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("mode", ["full", "allmem", "mamba2"])
+def test_bfloat16_stays_near_float32(mode, hf_model, ours, set_alpha):
+    hf, tokens = hf_model("qwen3"), torch.randint(0, 96, (2, 33))
+    hidden = []
+    for dtype in (torch.float32, torch.bfloat16):
+        branch = "mamba2" if mode == "mamba2" else "allmem"
+        model = ours(hf, branch=branch, dtype=dtype)
+        set_alpha(model, 0.5)
+        with model.mixer(settings(mode)):
+            out = model.hidden_states(tokens)
+        assert out.dtype == dtype
+        out.float().square().mean().backward()
+        assert all(
+            p.grad is None or (p.grad.dtype == dtype and p.grad.isfinite().all())
+            for p in model.parameters()
+        )
+        hidden.append(out.detach().float())
+    error = (hidden[0] - hidden[1]).norm() / hidden[0].norm()
+    assert error < 0.03
 
 
 def test_settings_end_with_their_block_and_need_their_branch(hf_model, ours):

@@ -1,7 +1,8 @@
 """One of several tensor-parallel ranks on gloo; run by test_tensor_parallel.py.
 
-python tp_worker.py OUT TP SEQUENCE_PARALLEL; rank, world and rendezvous come by environment.
-Rank 0 writes, for every branch: logits, alignment losses, and gradients by Hugging Face name.
+python tp_worker.py OUT TP; rank, world and rendezvous come by environment.
+Rank 0 writes, for every branch, with and without sequence parallelism: logits, alignment losses,
+and gradients by Hugging Face name.
 """
 
 from __future__ import annotations
@@ -72,13 +73,14 @@ def results(mode: str, sequence_parallel: bool, packed: bool) -> dict[str, objec
 
 
 def main() -> None:
-    path, tp, sequence_parallel = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "1"
+    path, tp = sys.argv[1], int(sys.argv[2])
     torch.set_num_threads(1)
     init_model_parallel(tp=tp)
     out = {
-        f"{mode}/packed={packed}": results(mode, sequence_parallel, packed)
+        (mode, packed, sequence_parallel): results(mode, sequence_parallel, packed)
         for mode in BASES
         for packed in (False, True)
+        for sequence_parallel in ((False, True) if tp > 1 else (False,))
     }
     if dist.get_rank() == 0:
         torch.save(out, path)
