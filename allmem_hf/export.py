@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import difflib
 import importlib.util
 import json
 import os
@@ -128,6 +129,8 @@ def export_model(
             shutil.copyfile(file, partial / file.name)
         if not (partial / "generation_config.json").exists():
             _write_json(partial / "generation_config.json", _generation_dict(config))
+        if not (partial / "README.md").exists():
+            (partial / "README.md").write_text(_card(config, out.name), encoding="utf-8")
     return out
 
 
@@ -138,6 +141,10 @@ def build_config(base_config: Mapping[str, Any], memory_config: Any, mixer: Any)
         ValueError: an unsupported base family or feature, or settings that do not fit.
     """
     base, memory, settings = dict(base_config), _mapping(memory_config), _mapping(mixer)
+    _check_keys("memory_config", memory, {*_MEMORY_KEYS, "init_from_base"})
+    _check_keys("mixer", settings, {*_MIXER_KEYS, "mode", "shuffle_state"})
+    if settings.get("shuffle_state"):
+        raise ValueError("mixer shuffle_state=True is a control of batches; export without it")
     family = base.get("model_type")
     if family not in ("qwen3", "qwen2", "llama"):
         raise ValueError(
@@ -171,6 +178,14 @@ def build_config(base_config: Mapping[str, Any], memory_config: Any, mixer: Any)
     )
 
 
+def _check_keys(owner: str, given: Mapping[str, Any], known: set[str]) -> None:
+    for key in given:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1)
+            mend = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(sorted(known))}"
+            raise ValueError(f"{owner} has no key {key!r}; {mend}")
+
+
 def _mapping(settings: Any) -> dict[str, Any]:
     """A dataclass, a mapping or None as a dictionary."""
     if settings is None:
@@ -189,6 +204,30 @@ def _config_dict(config: AllMemConfig) -> dict[str, Any]:
 def _generation_dict(config: AllMemConfig) -> dict[str, Any]:
     keys = ("bos_token_id", "eos_token_id", "pad_token_id")
     return {key: getattr(config, key) for key in keys if getattr(config, key) is not None}
+
+
+def _card(config: AllMemConfig, name: str) -> str:
+    """How to load the folder, for whoever finds it."""
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [allmem]
+---
+# {name}
+
+A {config.family} model whose attention sees the last {config.window_size} tokens and the first
+{config.num_sinks}, with the branch `{config.branch}` beside it (AllMem, arXiv 2602.13680). Its
+decode state does not grow with the text. The folder holds the model's code:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+inputs = tokenizer("Once upon a time", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
+```
+"""
 
 
 def _checked_shapes(config: AllMemConfig, tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:

@@ -30,7 +30,9 @@ from kernels.ttt_memory.branch import (
 from kernels.ttt_memory.reference import FastWeights, MemoryState, memory_scan
 
 _OTHER_CACHE = "the cache holds a {} of another branch; use a cache only with its own model"
-_MAX_SCORES = 2**24  # attention scores held at once when a call of many tokens goes on from a cache
+_MAX_SCORES = 2**24  # attention scores held at once when many tokens go on from a cache
+_LEAST_BLOCK = 64  # queries: smaller blocks only cost calls
+_Keys = tuple[Tensor, Tensor, Tensor]  # keys and values [R, slots, n_kv, h], positions [R, slots]
 
 
 class AllMemRMSNorm(nn.Module):
@@ -149,32 +151,41 @@ class AllMemAttention(nn.Module):
         q_rows, q_positions = layout.to_rows(q), layout.to_rows(layout.positions)
         if layout.max_new == 1:  # the slot that it overwrites has just left the window
             cache.write(k, v, layout, longest)
-            keys, values, k_positions = cache.window(longest)
-        else:
-            old_k, old_v, old_positions = cache.window(seen)
-            keys = torch.cat([old_k, layout.to_rows(k)], dim=1)
-            values = torch.cat([old_v, layout.to_rows(v)], dim=1)
-            new_positions = layout.to_rows(layout.positions, fill=-1)
-            k_positions = torch.cat([old_positions, new_positions], dim=1)
-        scores_per_query = q_rows.shape[0] * q_rows.shape[2] * keys.shape[1]
-        block = max(1, _MAX_SCORES // scores_per_query)
-        out = [
-            attention_with_positions(
-                q_block,
-                keys,
-                values,
-                q_positions=p_block,
-                k_positions=k_positions,
-                window_size=self.config.window_size,
-                num_sinks=self.config.num_sinks,
+            return layout.from_rows(self._attend(q_rows, q_positions, cache.window(longest)))
+        new_positions = layout.to_rows(layout.positions, fill=-1)
+        new = (layout.to_rows(k), layout.to_rows(v), new_positions)
+        out = self._blocks(q_rows, q_positions, cache.window(seen), new)
+        cache.write(k, v, layout, longest)
+        return layout.from_rows(out)
+
+    def _blocks(self, q: Tensor, q_positions: Tensor, old: _Keys, new: _Keys) -> Tensor:
+        """Many queries `[R, T, n_q, h]`, in blocks that each get the keys in reach: linear in T."""
+        window, sinks = self.config.window_size, self.config.num_sinks
+        reach = old[2].shape[1] + sinks + window
+        block = min(max(window, _LEAST_BLOCK), _MAX_SCORES // (q.shape[0] * q.shape[2] * reach) + 1)
+        out = []
+        for start in range(0, q.shape[1], block):
+            end, low = start + block, max(0, start - window + 1)
+            cached = old if start < window else tuple(x[:, :sinks] for x in old)
+            pieces = zip(cached, new, strict=True)
+            keys, values, positions = (
+                torch.cat([x, y[:, : min(sinks, low)], y[:, low:end]], 1) for x, y in pieces
             )
-            for q_block, p_block in zip(
-                q_rows.split(block, dim=1), q_positions.split(block, dim=1), strict=True
-            )
-        ]
-        if layout.max_new > 1:
-            cache.write(k, v, layout, longest)
-        return layout.from_rows(torch.cat(out, dim=1))
+            reached = (keys, values, positions)
+            out.append(self._attend(q[:, start:end], q_positions[:, start:end], reached))
+        return torch.cat(out, dim=1)
+
+    def _attend(self, q: Tensor, q_positions: Tensor, keys: _Keys) -> Tensor:
+        """`[R, T, n_q, h]` queries on keys, values and their positions."""
+        return attention_with_positions(
+            q,
+            keys[0],
+            keys[1],
+            q_positions=q_positions,
+            k_positions=keys[2],
+            window_size=self.config.window_size,
+            num_sinks=self.config.num_sinks,
+        )
 
 
 class AllMemBranch(nn.Module):

@@ -180,6 +180,9 @@ def test_a_base_that_cannot_be_converted_is_refused(changes, words):
         ({}, {"num_sinks": -1}, "num_sinks=-1"),
         ({}, {"mode": "full"}, "mode='full'"),
         ({"memory_size": 15}, {}, "memory_size=15"),
+        ({"memory_sise": 16}, {}, "did you mean 'memory_size'"),
+        ({}, {"shuffle_state": True}, "shuffle_state"),
+        ({}, {"windows": 3}, "did you mean 'window_size'"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(memory, mixer, words):

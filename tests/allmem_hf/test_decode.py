@@ -5,6 +5,8 @@ import copy
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from allmem_hf import AllMemCache
 
@@ -201,6 +203,49 @@ def test_cache_bytes_do_not_grow_with_the_text(tiny, tokens, branch):
     chunk = model.config.chunk_size
     assert sizes[chunk:] == sizes[:-chunk]  # only the unfinished chunk comes and goes
     assert long.num_bytes in sizes
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the largest tensor that any operation made, in elements."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.size = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self.size = max(self.size, tensor.untyped_storage().size() // 4)
+        return out
+
+
+@pytest.mark.parametrize("branch", BRANCHES)
+def test_prefill_memory_is_linear_in_the_prompt(tiny, tokens, branch):
+    model, sizes = tiny(branch), []
+    for length in (256, 512):
+        with torch.no_grad(), LargestTensor() as largest:
+            cache = model(tokens(1, length), logits_to_keep=1).past_key_values
+        with torch.no_grad(), LargestTensor() as later:  # a long text after a cached one
+            model(tokens(1, length), past_key_values=cache, logits_to_keep=1)
+        sizes.append((largest.size, later.size))
+    assert sizes[0][0] < 256 * 256
+    assert sizes[1][0] <= 2 * sizes[0][0]
+    assert sizes[1][1] <= 2 * sizes[0][1]
+
+
+@pytest.mark.parametrize("budget", [2**24, 3000])
+@pytest.mark.parametrize(("window", "sinks"), [(6, 2), (90, 3), (5, 70), (6, 0)])
+def test_many_tokens_after_a_cache_equal_one_prefill(
+    tiny, tokens, monkeypatch, budget, window, sinks
+):
+    monkeypatch.setattr("allmem_hf.layers_allmem._MAX_SCORES", budget)
+    model = tiny("none", window_size=window, num_sinks=sinks)
+    rows = [tokens(1, length, seed=length)[0] for length in (300, 170, 297)]
+    ids, mask = left_padded(rows)
+    logits = piecewise(model, ids, [4, 196, 100], mask)
+    for row, out in zip(rows, logits, strict=True):
+        torch.testing.assert_close(out[-len(row) :], whole(model, row[None])[0], **TOLERANCE)
 
 
 def test_inputs_embeds_equal_input_ids(tiny, tokens):
