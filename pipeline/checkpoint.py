@@ -2,8 +2,8 @@
 
 A checkpoint is a folder `step_00000123/` with `model.safetensors` (the trained weights),
 `optimizer.safetensors` (the moments), both as full float32 tensors under Hugging Face names, and
-`state.json` (step, tokens, the loader's state, the configuration). It is written under another name,
-flushed to the disk and renamed, so a folder with this name is whole; nothing is ever unpickled.
+`state.json` (step, tokens, the loader's state, the configuration). It is written under another
+name, flushed to the disk and renamed, so a folder with this name is whole; nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -98,8 +98,8 @@ def _full_disk(error: Exception, path: Path) -> OSError:
         free = shutil.disk_usage(path.parent).free / 2**20
         return OSError(
             number,
-            f"{os.strerror(number)} while saving {path} ({free:.1f} MiB free); free some space or set "
-            "run.dir to a larger disk, then run the same command again",
+            f"{os.strerror(number)} while saving {path} ({free:.1f} MiB free); free some space "
+            "or set run.dir to a larger disk, then run the same command again",
         )
     return OSError(
         number or errno.EIO, f"cannot save {path}: {text}; check the folder's permissions"

@@ -6,11 +6,8 @@ group's option or a value is one `ValueError` line that names the nearest right 
 
 from __future__ import annotations
 
-import ast
 import difflib
-import inspect
 import json
-import textwrap
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -64,14 +61,15 @@ def schema_keys(cls: type = RunConfig, prefix: str = "") -> Iterator[str]:
     for item in fields(cls):
         key = prefix + item.name
         yield key
-        inner = _dataclass_in(hints[item.name])
+        inner = dataclass_in(hints[item.name])
         if inner is not None:
             yield from schema_keys(inner, key + ".")
         elif _is_mapping(hints[item.name]):
             yield key + ".*"
 
 
-def _dataclass_in(hint: Any) -> type | None:
+def dataclass_in(hint: Any) -> type | None:
+    """The dataclass that a type hint is or contains, or None."""
     for option in (hint, *typing.get_args(hint)):
         if is_dataclass(option) and isinstance(option, type):
             return option
@@ -293,7 +291,7 @@ def _convert_scalar(hint: Any, value: Any, path: str) -> Any:
     raise ValueError(f"{path}={value!r} must be {names.get(hint, str(hint))}")
 
 
-# --- the other way, and help ----------------------------------------------------------------------
+# --- the other way ----------------------------------------------------------------------
 
 
 def to_plain(config: Any) -> Any:
@@ -318,83 +316,3 @@ def resolve_path(path: str) -> Path:
     if given.is_absolute() or given.exists():
         return given
     return PROJECT_ROOT / given if (PROJECT_ROOT / given).exists() else given
-
-
-def field_docs(cls: type) -> dict[str, str]:
-    """The docstring under each field of a dataclass, base classes included."""
-    docs: dict[str, str] = {}
-    for base in reversed(cls.__mro__):
-        if not is_dataclass(base):
-            continue
-        tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
-        body = typing.cast(ast.ClassDef, tree.body[0]).body
-        for node, after in zip(body, body[1:], strict=False):
-            if (
-                isinstance(node, ast.AnnAssign)
-                and isinstance(node.target, ast.Name)
-                and isinstance(after, ast.Expr)
-                and isinstance(after.value, ast.Constant)
-            ):
-                docs[node.target.id] = " ".join(str(after.value.value).split())
-    return docs
-
-
-def option_summary(group: str, option: str) -> str:
-    """The comment on the first line of a group's option."""
-    first = (CONFIG_DIR / group / f"{option}.yaml").read_text(encoding="utf-8").splitlines()
-    comments = [line[1:].strip() for line in first[:3] if line.startswith("#")]
-    return next((line for line in comments if line and not line.startswith("@")), "")
-
-
-def help_text(section: str | None = None) -> str:
-    """Text of `--help`, or of `--help SECTION`: every field with its default and meaning.
-
-    Raises:
-        ValueError: unknown section.
-    """
-    hints = typing.get_type_hints(RunConfig)
-    sections = {name: inner for name, hint in hints.items() if (inner := _dataclass_in(hint))}
-    if section is not None:
-        if section not in sections:
-            raise ValueError(f"{section} is not a section{nearest(section, list(sections))}")
-        return _section_help(section, sections[section])
-    known = groups()
-    docs = field_docs(RunConfig)
-    lines = [
-        "Usage: python -m pipeline.run stage=NAME recipe=NAME run.dir=DIR [group=option] [key=value …]",
-        "",
-        "Stages:   " + ", ".join((*STAGES, "all")) + "; convert@mamba2 for the baseline's branch",
-        "          `all` runs the recipe's stages in order, skips finished ones, resumes the rest.",
-        "Recipes:",
-        *(f"  {name:<16} {option_summary('recipe', name)}" for name in known["recipe"]),
-        "Groups (group=option):",
-        *(
-            f"  {name:<10} {', '.join(known[name])}"
-            for name in known
-            if name not in ("recipe", "stage")
-        ),
-        "Sections (section.key=value; `--help SECTION` lists the keys):",
-        *(f"  {name:<10} {docs.get(name, '')}" for name in sections if name != "stage"),
-        "",
-        "`--cfg` prints the composed configuration and stops. Example:",
-        "  python -m pipeline.run stage=all recipe=demo run.dir=runs/demo convert.steps=200",
-    ]
-    return "\n".join(lines)
-
-
-def _section_help(section: str, cls: type) -> str:
-    docs = field_docs(cls)
-    lines = [f"{section}: {' '.join((cls.__doc__ or '').split())}"]
-    for item in fields(cls):
-        if item.default is not MISSING:
-            default = json.dumps(item.default, default=str)
-        else:
-            default = "(section)" if item.default_factory is not MISSING else "(required)"
-        lines.append(f"  {section}.{item.name} = {default}")
-        lines.extend(
-            textwrap.wrap(
-                docs.get(item.name, ""), 92, initial_indent="      ", subsequent_indent="      "
-            )
-        )
-    lines.append("Defaults are the schema's; a recipe may set others (see --cfg).")
-    return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""What a person sees: a progress bar in a terminal, plain lines elsewhere, nothing on other ranks."""
+"""What a person sees: a progress bar in a terminal, plain lines elsewhere; rank 0 only."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ def folder_name(entry: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class StageContext:
-    """One stage of one run. `stages/NAME.py` has `run(config: RunConfig, context: StageContext)`."""
+    """One stage of one run; what `run(config, context)` of `stages/NAME.py` gets."""
 
     entry: str
     """The recipe's entry, `convert` or `convert@mamba2`."""

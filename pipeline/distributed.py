@@ -131,8 +131,8 @@ def on_main(ranks: Ranks, action: Callable[[], Result]) -> Result:
     """Do something on rank 0 and give every rank its result, or its error.
 
     Raises:
-        Exception: on rank 0 what the action raised; elsewhere a MainRankFailedError with its text, so
-            that no rank waits for ever for a rank 0 that failed.
+        Exception: on rank 0 what the action raised; elsewhere a MainRankFailedError with its text,
+            so that no rank waits for ever for a rank 0 that failed.
     """
     if ranks.world_size == 1:
         return action()

@@ -210,7 +210,7 @@ class Engine:
         return {name: safe_get_full_fp32_param(p) for name, p in self._trained.items()}
 
     def moments(self) -> dict[str, dict[str, Tensor]]:
-        """Full float32 moments, `exp_avg` and `exp_avg_sq`, by parameter name; every rank calls it."""
+        """Full float32 `exp_avg` and `exp_avg_sq` by parameter name; every rank must call it."""
         if not self._zero_stage:
             return {
                 moment: {name: self._adamw.state[p][moment] for name, p in self._trained.items()}

@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: one JSON object a line, the first record of every number that a stage reports."""
+"""`metrics.jsonl`: one JSON object a line, the first record of what a stage reports."""
 
 from __future__ import annotations
 

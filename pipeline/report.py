@@ -130,26 +130,33 @@ def measured(results: Mapping[str, Any], *, controls: bool = True) -> Series:
 
 
 def summary_figure(results: Mapping[str, Any]) -> Figure:
-    """The table as bars: one panel a column, one bar a mixer or control, the number beside it."""
+    """The table as pictures: quality of mixers and controls above, costs of mixers below."""
     config = results["config"]
     length, long = (human_tokens(int(config[key])) for key in ("length", "long_context"))
-    panels = (
-        ("Loss, all positions\n(nats/token)", "overall", "loss", "loss"),
+    quality = (
+        ("Loss, all positions\n(nats/token, lower is better)", "overall", "loss", "loss"),
         ("Loss beyond window\n(nats/token)", "overall", "loss_beyond_window", "loss"),
         ("Recall outside window\n(exact match)", "recall", "exact_match_outside_window", "share"),
-        ("Prefill speed\n(tokens/s)", "speed", "prefill_tokens_per_s", "rate"),
-        (f"Cache at {length} tokens\n(log scale)", "cache", "bytes_at_length", "bytes"),
-        (f"Cache at {long} tokens\n(log scale)", "cache", "bytes_at_long_context", "bytes"),
     )
-    series = measured(results)
-    figure = Figure(figsize=(13, 1.6 + 2 * (0.36 * len(series) + 0.5)), layout="constrained")
-    axes = figure.subplots(2, 3, sharey=True)
-    axes[0, 0].set_yticks(range(len(series)), [title for _, title, _ in series])
-    axes[0, 0].invert_yaxis()
-    for axis, (title, task, metric, unit) in zip(axes.flat, panels, strict=True):
-        values = [metrics.get(task, {}).get(metric) for _, _, metrics in series]
-        _bars(axis, [name for name, _, _ in series], values, unit)
-        axis.set_title(title, fontsize=10)
+    costs = (
+        ("Prefill speed\n(tokens/s)", "speed", "prefill_tokens_per_s", "rate"),
+        (f"Cache at {length} tokens\n(bytes, log scale)", "cache", "bytes_at_length", "bytes"),
+        (f"Cache at {long} tokens\n(bytes, log scale)", "cache", "bytes_at_long_context", "bytes"),
+    )
+    series = (measured(results), measured(results, controls=False))
+    heights = [len(rows) + 1.5 for rows in series]
+    figure = Figure(figsize=(13, 1 + 0.42 * sum(heights)), layout="constrained")
+    axes = figure.subplots(2, 3, sharey="row", height_ratios=heights)
+    for row, (rows, panels) in enumerate(zip(series, (quality, costs), strict=True)):
+        axes[row, 0].set_yticks(range(len(rows)), [title for _, title, _ in rows])
+        axes[row, 0].set_ylim(len(rows) - 0.4, -0.6)
+        for axis, (title, task, metric, unit) in zip(axes[row], panels, strict=True):
+            values = [metrics.get(task, {}).get(metric) for _, _, metrics in rows]
+            draw = _points if unit == "loss" else _bars
+            draw(axis, [name for name, _, _ in rows], values, unit)
+            axis.set_title(title, fontsize=10)
+            axis.grid(axis="x", alpha=0.3)
+            axis.set_axisbelow(True)
     figure.suptitle(_subject(results, "Mixers side by side"))
     return figure
 
@@ -265,6 +272,19 @@ def _training_line(
     axis.plot(steps, running, color=colour, linewidth=1.8, label=stage)
 
 
+def _points(axis: Axes, names: Sequence[str], values: Sequence[float | None], unit: str) -> None:
+    """Losses as points: their differences count, so the axis does not begin at zero."""
+    for index, (name, value) in enumerate(zip(names, values, strict=True)):
+        if value is not None:
+            axis.plot(value, index, MARKERS.get(name, "X"), color=COLOURS[name], markersize=9)
+        _annotate(axis, value, index, unit)
+    present = [value for value in values if value is not None]
+    if present:
+        least, spread = min(present), max(max(present) - min(present), 0.01)
+        axis.set_xlim(least - 0.12 * spread, least + 1.35 * spread)
+    axis.xaxis.set_major_locator(MaxNLocator(4))
+
+
 def _bars(axis: Axes, names: Sequence[str], values: Sequence[float | None], unit: str) -> None:
     numbers = [0.0 if value is None else float(value) for value in values]
     axis.barh(range(len(names)), numbers, color=[COLOURS[name] for name in names], height=0.7)
@@ -274,25 +294,28 @@ def _bars(axis: Axes, names: Sequence[str], values: Sequence[float | None], unit
         axis.set_xlim(min(present) / 4, max(present) * 16)
         axis.set_xticks([], [])  # the numbers stand beside the bars
         axis.set_xticks([], [], minor=True)
-    elif present:
-        axis.set_xlim(0, (1.0 if unit == "share" else max(present)) * 1.22)
-        axis.xaxis.set_major_locator(MaxNLocator(4))
-        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
-    if unit == "share":
+    elif unit == "share":
         axis.set_xlim(0, 1.22)
         axis.set_xticks([0, 0.25, 0.5, 0.75, 1])
-    for index, (value, number) in enumerate(zip(values, numbers, strict=True)):
-        start = number if number > 0 else axis.get_xlim()[0]
-        axis.annotate(
-            format_value(value, unit),
-            (start, index),
-            xytext=(4, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=8,
-        )
-    axis.grid(axis="x", alpha=0.3)
-    axis.set_axisbelow(True)
+    elif present:
+        axis.set_xlim(0, max(present) * 1.22)
+        axis.xaxis.set_major_locator(MaxNLocator(4))
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    for index, value in enumerate(values):
+        _annotate(axis, value, index, unit)
+
+
+def _annotate(axis: Axes, value: float | None, index: int, unit: str) -> None:
+    place = (value, index) if value else (0.01, index)
+    axis.annotate(
+        format_value(value, unit),
+        place,
+        xycoords="data" if value else ("axes fraction", "data"),
+        xytext=(8 if unit == "loss" else 4, 0),
+        textcoords="offset points",
+        va="center",
+        fontsize=8,
+    )
 
 
 def _binned_line(axis: Axes, name: str, label: str, values: Mapping[str, float]) -> None:

@@ -20,7 +20,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import PROJECT_ROOT, compose, help_text, split_entry, to_plain
+from pipeline.config import PROJECT_ROOT, compose, split_entry, to_plain
+from pipeline.help import help_text
 from pipeline.schema import TRAINING_STAGES, RunConfig
 
 EXIT_USER_ERROR = 2
@@ -107,7 +108,7 @@ def _only_user(run_dir: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(
-                f"run.dir={run_dir} is in use by another process; wait for it or set another run.dir"
+                f"run.dir={run_dir} is in use by another process; wait for it or set another one"
             ) from None
         yield
 

@@ -10,7 +10,7 @@ import math
 import random
 
 from allmem_megatron.config import MixerSettings
-from pipeline.schema import RandomMixerSettings, TrainSettings
+from pipeline.train_schema import RandomMixerSettings, TrainSettings
 
 
 def wsd_lr(step: int, settings: TrainSettings) -> float:
@@ -18,8 +18,8 @@ def wsd_lr(step: int, settings: TrainSettings) -> float:
 
     Rises linearly over `warmup_fraction` of the steps (the first step already moves), stays at
     `lr`, and falls over the last `decay_fraction` to `final_lr_fraction * lr`, by `1 - sqrt(x)` or
-    `1 - x`, where x is 0 at the fall's first step and would be 1 at step `steps`, so that no step is
-    spent at a rate of 0.
+    `1 - x`, where x is 0 at the fall's first step and would be 1 at step `steps`, so that no step
+    is spent at a rate of 0.
 
     Args:
         step: 0 for the first optimizer step.

@@ -139,7 +139,7 @@ def prefill(model: Scored, tokens: Tensor, settings: MixerSettings) -> Tensor:
 
 def prefill_speeds(
     runs: Mapping[str, Callable[[], object]],
-    num_tokens: Mapping[str, int],
+    num_tokens: int,
     *,
     repeats: int,
     warmup: int,
@@ -153,7 +153,7 @@ def prefill_speeds(
 
     Args:
         runs: by name, something that prefills.
-        num_tokens: by name, tokens of all rows of one prefill.
+        num_tokens: tokens of all rows of one prefill.
         repeats: timed rounds.
         warmup: rounds before that.
         device: waited for at the clock's start and stop.
@@ -171,7 +171,7 @@ def prefill_speeds(
             if round_index >= warmup:
                 seconds[name].append(time.perf_counter() - start)
             progress()
-    return {name: num_tokens[name] / statistics.median(times) for name, times in seconds.items()}
+    return {name: num_tokens / statistics.median(times) for name, times in seconds.items()}
 
 
 def _wait(device: torch.device) -> None:

@@ -1,7 +1,7 @@
 """The loop that all training stages share: batches, steps, metrics, checkpoints, resuming.
 
-All that a step does is decided by (configuration, seed, step, loader state, weights, moments), and a
-checkpoint holds the last four, so a killed run goes on as if nothing had happened.
+All that a step does is decided by configuration, seed, step, loader state, weights and moments, and
+a checkpoint holds the last four, so a killed run goes on as if nothing had happened.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ from pipeline.engine import MOMENTS, Engine
 from pipeline.models import choose_dtype, parts_for
 from pipeline.objectives import Objective
 from pipeline.schedule import step_seed, wsd_lr
-from pipeline.schema import RunConfig, TrainSettings
+from pipeline.schema import RunConfig
+from pipeline.train_schema import TrainSettings
 
 MEMORY_STATISTICS_EVERY = 20
 """Lines of `metrics.jsonl` between those with the memory's statistics."""
@@ -87,6 +88,7 @@ class _Trainer:
             dp_size=context.ranks.world_size,
             weights=plan.settings.weights or None,
         )
+        self._check_length()
         self.engine = Engine(
             plan.objective,
             plan.trained,
@@ -99,6 +101,16 @@ class _Trainer:
         )
         self.step = self.tokens = self.loss_tokens = 0
         self.stop = False
+
+    def _check_length(self) -> None:
+        """Refuse sequences beyond the positions that the base model knows."""
+        length = self.settings.seq_length or self.loader.manifest.seq_length
+        most = self.model.base_config.max_position_embeddings
+        if length > most:
+            raise ValueError(
+                f"{self.context.name} would train on {length} tokens but the base model has "
+                f"max_position_embeddings={most}; set {self.context.name}.seq_length={most}"
+            )
 
     def run(self) -> None:
         if self.context.ranks.is_main:

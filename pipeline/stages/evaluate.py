@@ -162,7 +162,7 @@ class _Evaluation:
                 "none of eval.mixers has weights: " + "; ".join(missing.values()) + "; train first"
             )
         measured = {subject.name: self._measure(subject) for subject in present}
-        speeds = self._speeds(present)
+        speeds = self._speeds([subject for subject in present if not subject.is_control])
         metrics = {
             subject.name: self._metrics(subject, measured[subject.name], speeds)
             for subject in present
@@ -276,7 +276,7 @@ class _Evaluation:
         return paired
 
     def _speeds(self, subjects: Sequence[Subject]) -> dict[str, float]:
-        """Prefill tokens per second, all subjects in turn, on every rank (rank 0's count)."""
+        """Prefill tokens per second, all mixers in turn, on every rank (rank 0's count)."""
         settings, ranks = self.settings, self.context.ranks
         if settings.timing_repeats == 0:
             return {}
@@ -289,12 +289,10 @@ class _Evaluation:
         stored = on_main(ranks, lambda: self.partial.load("speed", key))
         if stored is not None:
             return dict(stored)
-        runs, num_tokens = {}, {}
-        for subject in subjects:
-            rows = settings.timing_batch_size
-            tokens = self._timing_tokens(max(rows, 2) if subject.settings.shuffle_state else rows)
-            runs[subject.name] = _prefill_of(self._model(subject), tokens, subject)
-            num_tokens[subject.name] = tokens.numel()
+        tokens = self._timing_tokens()
+        runs = {
+            subject.name: _prefill_of(self._model(subject), tokens, subject) for subject in subjects
+        }
         total = len(runs) * (settings.timing_warmup + settings.timing_repeats)
         done = 0
         with self.context.reporter.progress("prefill speed:", total) as advance:
@@ -306,7 +304,7 @@ class _Evaluation:
 
             speeds = prefill_speeds(
                 runs,
-                num_tokens,
+                tokens.numel(),
                 repeats=settings.timing_repeats,
                 warmup=settings.timing_warmup,
                 device=self.context.device,
@@ -316,9 +314,9 @@ class _Evaluation:
         on_main(ranks, lambda: self.partial.save("speed", key, speeds))
         return speeds
 
-    def _timing_tokens(self, rows: int) -> torch.Tensor:
-        """[rows, timing_length] tokens of the held-out documents, repeated to fit."""
-        length = self.settings.timing_length or self.length
+    def _timing_tokens(self) -> torch.Tensor:
+        """[timing_batch_size, timing_length] tokens of the held-out documents, repeated to fit."""
+        rows, length = self.settings.timing_batch_size, self.settings.timing_length or self.length
         tokens = np.concatenate([document.tokens for document in self.documents])
         filled = np.resize(tokens, (rows, length)).astype(np.int64)
         return torch.from_numpy(filled).to(self.context.device)
@@ -329,6 +327,8 @@ class _Evaluation:
         metrics = summarise(
             measured.records, position_edges=self.edges, window_size=self.settings.window_size
         )
+        if subject.is_control:  # costs what its mixer costs
+            return metrics
         if subject.name in speeds:
             metrics["speed"] = {"prefill_tokens_per_s": speeds[subject.name]}
         shape = mixer_shape(self.config, self.base)
