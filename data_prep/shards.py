@@ -195,11 +195,14 @@ def decode_sample(members: dict[str, bytes], where: str) -> Sample:
                     f"{part} is {array.dtype}{list(array.shape)}, not 1-D {dtype.__name__}"
                 )
             arrays[part] = array
+        meta = json.loads(members["meta.json"])
+        if not isinstance(meta, dict):
+            raise ValueError("meta.json is no object")
         return Sample(
             tokens=arrays["tokens.npy"],
             loss_mask=arrays["loss_mask.npy"],
             cu_seqlens=arrays["cu_seqlens.npy"],
-            meta=json.loads(members["meta.json"]),
+            meta=meta,
         )
     except (ValueError, EOFError, KeyError) as error:
         raise ValueError(f"{where} is broken: {error}; run stage=prepare again") from error
@@ -212,6 +215,7 @@ def index_shard(data: io.BufferedReader, name: str) -> list[dict[str, tuple[int,
         ValueError: truncated, or with anything but plain members of known names (links, paths).
     """
     samples: dict[str, dict[str, tuple[int, int]]] = {}
+    _check_end(data, name)
     try:
         with tarfile.open(fileobj=data, mode="r:") as archive:
             for info in archive:
@@ -234,6 +238,22 @@ def index_shard(data: io.BufferedReader, name: str) -> list[dict[str, tuple[int,
                 "delete it and run stage=prepare again"
             )
     return list(samples.values())
+
+
+def _check_end(data: io.BufferedReader, name: str) -> None:
+    """A whole archive is made of records and ends with two empty blocks."""
+    size = data.seek(0, os.SEEK_END)
+    if size and size % tarfile.RECORDSIZE == 0:
+        data.seek(size - 2 * tarfile.BLOCKSIZE)
+        whole = not any(data.read())
+    else:
+        whole = False
+    data.seek(0)
+    if not whole:
+        raise ValueError(
+            f"{name} is no whole tar file ({size} bytes without its end); "
+            "delete it and run stage=prepare again"
+        )
 
 
 def read_shard(path: Path) -> Iterator[Sample]:

@@ -1,0 +1,275 @@
+"""The loader gives every sample once, to one rank, and goes on exactly where it stood."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from data_prep.loader import Batch, ShardLoader, collate
+from data_prep.sample import Sample
+from data_prep.shards import Manifest, ShardRecord, write_shard
+
+LENGTH = 6
+SIZES = {"code": (5, 5, 3), "recall": (4, 4), "talk": (2,)}
+KINDS = {"code": "text", "recall": "recall", "talk": "chat"}
+TOTAL = sum(map(sum, SIZES.values()))
+
+
+def make_sample(number: int, source: str, borders: tuple[int, ...] = (0, LENGTH)) -> Sample:
+    return Sample(
+        tokens=np.full(LENGTH, number, dtype=np.int32),
+        loss_mask=np.asarray([0] + [1] * (LENGTH - 1), dtype=np.uint8),
+        cu_seqlens=np.asarray(borders, dtype=np.int32),
+        meta={"kind": KINDS[source], "source": source, "ids": [str(number)]},
+    )
+
+
+def write_data(folder: Path) -> Path:
+    (folder / "train").mkdir(parents=True)
+    records: list[ShardRecord] = []
+    number = 0
+    for source, sizes in SIZES.items():
+        for size in sizes:
+            path = folder / "train" / f"shard-{len(records):05d}.tar"
+            samples = [make_sample(number + i, source) for i in range(size)]
+            records.append(
+                write_shard(path, samples, first_key=number, source=source, kind=KINDS[source])
+            )
+            number += size
+    Manifest(
+        tokenizer_hash="t",
+        vocab_size=100,
+        seq_length=LENGTH,
+        config_hash="c",
+        config={},
+        splits={"train": tuple(records), "eval": ()},
+        reports={},
+    ).save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+def numbers(batches: Iterator[Batch]) -> list[int]:
+    return [int(row[0]) for batch in batches for row in batch.tokens]
+
+
+def take(loader: ShardLoader, steps: int) -> list[list[int]]:
+    return [numbers(iter([next(loader)])) for _ in range(steps)]
+
+
+def test_an_epoch_holds_every_sample_once(data: Path) -> None:
+    loader = ShardLoader(data, batch_size=4, epochs=2)
+    seen = numbers(loader)
+    assert sorted(seen[:TOTAL]) == sorted(seen[TOTAL:]) == list(range(TOTAL))
+    assert seen[:TOTAL] != seen[TOTAL:]
+    assert loader.num_samples == TOTAL
+    with pytest.raises(StopIteration):
+        next(loader)
+
+
+def test_batches_have_the_promised_types(data: Path) -> None:
+    batch = next(ShardLoader(data / "manifest.json", batch_size=3))
+    assert batch.tokens.shape == batch.loss_mask.shape == (3, LENGTH)
+    assert batch.tokens.dtype == torch.int64
+    assert batch.loss_mask.dtype == torch.bool
+    assert batch.cu_seqlens is None
+    assert batch.num_loss_tokens == 3 * (LENGTH - 1)
+    assert {"kind", "source", "ids"} <= batch.meta[0].keys()
+    assert batch.to("cpu").tokens.equal(batch.tokens)
+
+
+def test_borders_run_over_all_rows() -> None:
+    batch = collate([make_sample(0, "code", (0, 2, 6)), make_sample(1, "code")])
+    assert batch.cu_seqlens is not None
+    assert batch.cu_seqlens.tolist() == [0, 2, 6, 12]
+    assert batch.cu_seqlens.dtype == torch.int32
+    assert batch.to("cpu").cu_seqlens is not None
+
+
+@settings(
+    deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    ranks=st.lists(st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(0, 4)), max_size=4),
+    seed=st.integers(0, 3),
+)
+def test_no_sample_is_lost_over_stops_with_other_ranks(
+    data: Path, ranks: list[tuple[int, int, int]], seed: int
+) -> None:
+    """Runs of (ranks, batch size, steps), each from the state of the one before, then the rest."""
+    seen: list[int] = []
+    state: dict[str, Any] | None = None
+    for dp_size, batch_size, steps in ranks:
+        states = []
+        parts: list[list[list[int]]] = []
+        for rank in range(dp_size):
+            loader = ShardLoader(
+                data, batch_size=batch_size, seed=seed, dp_rank=rank, dp_size=dp_size
+            )
+            if state is not None:
+                loader.load_state_dict(json.loads(json.dumps(state)))
+            parts.append(take(loader, steps))
+            states.append(loader.state_dict())
+        assert all(other == states[0] for other in states)
+        state = states[0]
+        seen += [n for step in zip(*parts, strict=True) for part in step for n in part]
+    one = ShardLoader(data, batch_size=1, seed=seed)
+    whole = [step[0] for step in take(one, max(len(seen), 2 * TOTAL))]
+    assert seen == whole[: len(seen)]
+    for start in range(0, len(whole) - TOTAL + 1, TOTAL):
+        assert sorted(whole[start : start + TOTAL]) == list(range(TOTAL))
+
+
+@settings(
+    deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(dp_size=st.integers(1, 5), batch_size=st.integers(1, 7), epochs=st.integers(1, 2))
+def test_finite_epochs_split_over_ranks_without_loss(
+    data: Path, dp_size: int, batch_size: int, epochs: int
+) -> None:
+    seen = [
+        number
+        for rank in range(dp_size)
+        for number in numbers(
+            ShardLoader(data, batch_size=batch_size, dp_rank=rank, dp_size=dp_size, epochs=epochs)
+        )
+    ]
+    assert Counter(seen) == dict.fromkeys(range(TOTAL), epochs)
+
+
+def test_resume_in_the_middle_is_exact(data: Path) -> None:
+    weights = {"code": 0.5, "recall": 0.3, "chat": 0.2}
+    straight = ShardLoader(data, batch_size=3, seed=5, weights=weights)
+    first = take(straight, 400)
+    again = ShardLoader(data, batch_size=3, seed=5, weights=weights)
+    take(again, 123)
+    state = json.loads(json.dumps(again.state_dict()))
+    resumed = ShardLoader(data, batch_size=3, seed=5, weights=weights)
+    resumed.load_state_dict(state)
+    assert resumed.consumed == 369
+    assert take(resumed, 277) == first[123:]
+
+
+def test_weights_hold_and_every_pool_is_passed_evenly(data: Path) -> None:
+    loader = ShardLoader(data, batch_size=10, weights={"code": 3, "recall": 1})
+    counts = Counter(number for step in take(loader, 200) for number in step)
+    by_source = {
+        "code": sum(counts[n] for n in range(13)),
+        "recall": sum(counts[n] for n in range(13, 21)),
+    }
+    assert by_source == {"code": 1500, "recall": 500}
+    assert not any(counts[n] for n in range(21, TOTAL))
+    assert max(counts[n] for n in range(13)) - min(counts[n] for n in range(13)) <= 1
+    by_kind = ShardLoader(data, batch_size=10, weights={"chat": 1, "text": 1})
+    assert Counter(b["kind"] for b in next(by_kind).meta).keys() <= {"chat", "text"}
+
+
+def test_kinds_filter_and_plain_order(data: Path) -> None:
+    loader = ShardLoader(data, batch_size=5, kinds=["recall"], epochs=1, shuffle=False)
+    assert numbers(loader) == list(range(13, 21))
+    loader = ShardLoader(data, batch_size=5, epochs=1, shuffle=False)
+    assert numbers(loader) == list(range(TOTAL))
+
+
+def test_seeds_give_other_orders(data: Path) -> None:
+    one, two = (take(ShardLoader(data, batch_size=TOTAL, seed=s), 1) for s in (0, 1))
+    assert one != two
+
+
+def test_state_of_other_data_is_refused(data: Path) -> None:
+    loader = ShardLoader(data, batch_size=2)
+    with pytest.raises(ValueError, match="other shards or another mixture"):
+        loader.load_state_dict(ShardLoader(data, batch_size=2, kinds=["text"]).state_dict())
+    with pytest.raises(ValueError, match="seed=1"):
+        loader.load_state_dict(ShardLoader(data, batch_size=2, seed=1).state_dict())
+
+
+def drain(folder: Path) -> None:
+    numbers(ShardLoader(folder, batch_size=4, epochs=1))
+
+
+def test_missing_and_corrupt_shards_are_clear_errors(tmp_path: Path) -> None:
+    folder = write_data(tmp_path / "data")
+    shard = folder / "train" / "shard-00001.tar"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-512])
+    with pytest.raises(ValueError, match=r"shard-00001.tar has \d+ bytes, the manifest says"):
+        drain(folder)
+    flipped = bytearray(whole)
+    flipped[700] ^= 1
+    shard.write_bytes(bytes(flipped))
+    with pytest.raises(ValueError, match=r"shard-00001.tar does not match the manifest's sha256"):
+        drain(folder)
+    shard.unlink()
+    with pytest.raises(ValueError, match=r"shard-00001.tar is missing; run stage=prepare again"):
+        drain(folder)
+    shard.write_bytes(whole)
+    drain(folder)
+    (folder / "manifest.json").unlink()
+    with pytest.raises(ValueError, match="run stage=prepare first"):
+        drain(folder)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"dp_rank": 2, "dp_size": 2}, "dp_rank=2"),
+        ({"split": "eval"}, "no eval samples"),
+        ({"kinds": ["poem"]}, "no train samples of kinds"),
+        ({"weights": {"poem": 1.0}}, "none of chat, code, recall, talk, text"),
+        ({"weights": {"code": 0.0}}, "must be above 0"),
+        ({"weights": {"code": 1.0}, "epochs": 1}, "give one of them"),
+    ],
+)
+def test_wrong_arguments_are_refused(data: Path, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ShardLoader(data, **{"batch_size": 1, **fields})
+
+
+def test_many_shards_keep_few_files_open(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    records = [
+        write_shard(
+            tmp_path / "train" / f"shard-{i:05d}.tar",
+            [make_sample(2 * i, "code"), make_sample(2 * i + 1, "code")],
+            first_key=2 * i,
+            source="code",
+            kind="text",
+        )
+        for i in range(100)
+    ]
+    Manifest(
+        tokenizer_hash="t",
+        vocab_size=300,
+        seq_length=LENGTH,
+        config_hash="c",
+        config={},
+        splits={"train": tuple(records)},
+        reports={},
+    ).save(tmp_path)
+    loader = ShardLoader(tmp_path, batch_size=8, epochs=1)
+    assert sorted(numbers(loader)) == list(range(200))
+    held = [p for p in os.listdir("/proc/self/fd") if str(tmp_path) in _target(p)]
+    assert len(held) <= 64
+
+
+def _target(descriptor: str) -> str:
+    try:
+        return os.readlink(f"/proc/self/fd/{descriptor}")
+    except OSError:
+        return ""
