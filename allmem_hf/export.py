@@ -76,6 +76,7 @@ _MEMORY_KEYS = {
     "state_size": "state_size",
 }
 _MIXER_KEYS = ("window_size", "num_sinks", "chunk_size", "memory_off", "write_off")
+_RECORDS = ("metrics.jsonl",)  # a stage's own record, carried over when an export is replaced
 _SHARD_BYTES = 4 * 2**30
 
 
@@ -93,7 +94,7 @@ def export_model(
 
     The folder is written beside `out_dir` under the name `.NAME.partial`, brought to disk, then
     renamed. What an earlier, killed export left there is removed. An earlier export in `out_dir` is
-    replaced.
+    replaced; only a stage's `metrics.jsonl` in it is carried over.
 
     Args:
         out_dir: the folder to make.
@@ -129,6 +130,9 @@ def export_model(
             shutil.copyfile(file, partial / file.name)
         if not (partial / "generation_config.json").exists():
             _write_json(partial / "generation_config.json", _generation_dict(config))
+        for name in _RECORDS:
+            if (out / name).exists():
+                shutil.copyfile(out / name, partial / name)
         if not (partial / "README.md").exists():
             (partial / "README.md").write_text(_card(config, out.name), encoding="utf-8")
     return out
@@ -223,7 +227,7 @@ decode state does not grow with the text. The folder holds the model's code:
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
 inputs = tokenizer("Once upon a time", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 ```
@@ -259,7 +263,8 @@ def _check_files(out: Path, files: list[Path]) -> None:
         raise ValueError(f"{clash[0]!r} is written by the export itself; leave it out of the files")
     if not out.exists():
         return
-    if not out.is_dir() or (any(out.iterdir()) and not (out / "modeling_allmem.py").exists()):
+    held = {path.name for path in out.iterdir()} if out.is_dir() else {"a file"}
+    if held - set(_RECORDS) and "modeling_allmem.py" not in held:
         raise ValueError(
             f"out_dir={str(out)!r} holds something other than an export; name a new folder"
         )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -66,7 +67,7 @@ def check(folder):
 answers = {}
 for folder in sys.argv[3:]:
     model, answers[folder] = check(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     answers[folder]["tokens"] = tokenizer("b a c")["input_ids"]
     model.save_pretrained(folder + "_saved")
     answers[folder + "_saved"] = check(folder + "_saved")[1]
@@ -238,9 +239,14 @@ def test_an_export_killed_in_the_middle_leaves_nothing_under_its_name(fates):
 def test_a_killed_second_export_leaves_the_first_one_whole(fates):
     folder, _, held = fates
     out = folder / "old" / "export"
+    (out / "metrics.jsonl").write_text('{"step": 0}\n')
+    (out / "DONE.json").write_text("{}")
+    held = {**held, "metrics.jsonl": b'{"step": 0}\n', "DONE.json": b"{}"}
     assert {file.name: file.read_bytes() for file in out.iterdir()} == held
     export(out, {name: tensor + 1 for name, tensor in weights().items()})
     assert (out / "model.safetensors").read_bytes() != held["model.safetensors"]
+    assert (out / "metrics.jsonl").read_bytes() == held["metrics.jsonl"]
+    assert not (out / "DONE.json").exists()  # it marked the weights that are gone
     assert [path.name for path in out.parent.iterdir()] == ["export"]
 
 
@@ -282,6 +288,11 @@ def test_files_and_folders_that_do_not_fit_are_refused(tmp_path):
     other.write_text("{}")
     with pytest.raises(ValueError, match="written by the export itself"):
         export(out, tensors, files=[other])
+    export(out, tensors).rename(tmp_path / "elsewhere")
+    out.mkdir()
+    (out / "metrics.jsonl").write_text("")
+    export(out, tensors)
+    shutil.rmtree(out)
     out.mkdir()
     (out / "thesis.tex").write_text("ten years of work")
     with pytest.raises(ValueError, match="holds something other"):
