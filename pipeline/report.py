@@ -43,6 +43,13 @@ COLOURS = {
     "state_shuffled": "#56B4E9",
 }
 MARKERS = {"full": "o", "swa": "s", "mamba2": "^", "allmem": "D"}
+LOSS_LABELS = {
+    "pretrain": "next-token loss (nats/token)",
+    "align": "error of the branch (relative to the window's)",
+    "convert": "KL to full attention (nats/token)",
+    "sft": "next-token loss (nats/token)",
+}
+"""What `train/loss` is in each stage."""
 DPI = 130
 
 
@@ -71,7 +78,7 @@ def write_report(
         "loss_by_position": position_figure(results),
         "recall_by_distance": distance_figure(results),
         "alpha_by_layer": alpha_figure(results),
-        "training": training_figure(curves),
+        **training_figures(curves),
     }
     for name, figure in figures.items():
         if figure is not None:
@@ -80,6 +87,8 @@ def write_report(
             figure.savefig(image, format="png", dpi=DPI)
             _write(path, image.getvalue())
             files.append(path)
+    for old in set((out_dir / "plots").glob("*.png")) - set(files):
+        old.unlink()  # of an earlier evaluation, which showed more
     return files
 
 
@@ -227,31 +236,42 @@ def alpha_figure(results: Mapping[str, Any]) -> Figure | None:
     return figure
 
 
-def training_figure(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure | None:
-    """Loss, gradient norm and learning rate of training stages over steps."""
-    curves = {title: lines for title, lines in curves.items() if lines}
-    panels = (
-        ("train/loss", "Training loss", "loss of the stage (nats/token)", "linear"),
-        ("train/grad_norm", "Gradient norm", "L2 norm before clipping", "log"),
-        ("train/lr", "Learning rate", "learning rate", "linear"),
-    )
-    if not curves:
-        return None
-    figure = Figure(figsize=(14, 4.2), layout="constrained")
-    axes = figure.subplots(1, len(panels))
-    for axis, (key, title, label, scale) in zip(axes, panels, strict=True):
-        for index, (stage, lines) in enumerate(curves.items()):
+def training_figures(
+    curves: Mapping[str, Sequence[Mapping[str, float]]],
+) -> dict[str, Figure | None]:
+    """One figure for each kind of stage, its branches together, by `training_STAGE`."""
+    groups: dict[str, dict[str, Sequence[Mapping[str, float]]]] = {}
+    for title, lines in curves.items():
+        stage = next((name for name in LOSS_LABELS if title.startswith(name)), None)
+        if stage is not None and lines:
+            groups.setdefault(stage, {})[title] = lines
+    return {f"training_{stage}": _training_figure(stage, g) for stage, g in groups.items()}
+
+
+def _training_figure(stage: str, curves: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
+    """Loss, gradient norm, learning rate and, where it is told, mean |alpha| over steps."""
+    panels = [
+        ("train/loss", LOSS_LABELS[stage], "linear"),
+        ("train/grad_norm", "gradient norm (L2, before clipping)", "log"),
+        ("train/lr", "learning rate", "linear"),
+        ("memory/alpha_abs/mean", "mean |α| over channels and layers", "linear"),
+    ]
+    panels = [p for p in panels if any(p[0] in line for ls in curves.values() for line in ls)]
+    figure = Figure(figsize=(4.6 * len(panels), 4.2), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (key, label, scale) in zip(axes, panels, strict=True):
+        for index, (title, lines) in enumerate(curves.items()):
             points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
             if points:
-                smooth = key != "train/lr"
-                _training_line(axis, points, stage, index, smooth=smooth)
-        axis.set(title=title, xlabel="step", ylabel=label)
-        if scale == "log" and any(line.get_ydata().max() > 0 for line in axis.lines):
+                smooth = key in ("train/loss", "train/grad_norm")
+                _training_line(axis, points, title, index, smooth=smooth)
+        axis.set(xlabel="step", ylabel=label)
+        if scale == "log" and any(max(line.get_ydata()) > 0 for line in axis.lines):
             axis.set_yscale("log")
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axis.grid(alpha=0.3)
     axes[0].legend()
-    figure.suptitle("Training (thin: each step; thick: running mean)")
+    figure.suptitle(f"Training, stage {stage} (thin: each step; thick: running mean)")
     return figure
 
 

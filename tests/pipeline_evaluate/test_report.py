@@ -16,7 +16,7 @@ from pipeline.report import (
     position_figure,
     read_metrics,
     summary_figure,
-    training_figure,
+    training_figures,
     write_report,
 )
 
@@ -70,6 +70,8 @@ def write_metrics(path: Path, steps: int) -> Path:
 
 def test_files_hold_the_results_the_table_and_readable_pictures(tmp_path: Path) -> None:
     out = tmp_path / "evaluate"
+    (out / "plots").mkdir(parents=True)
+    (out / "plots" / "old.png").write_text("of an earlier evaluation")
     files = write_report(
         results(),
         out,
@@ -79,7 +81,13 @@ def test_files_hold_the_results_the_table_and_readable_pictures(tmp_path: Path) 
     assert "| mamba2 (not trained)" in (out / "table.md").read_text()
     pictures = [path for path in files if path.suffix == ".png"]
     assert {path.stem for path in pictures} == {
-        *("summary", "loss_by_position", "recall_by_distance", "alpha_by_layer", "training"),
+        *(
+            "summary",
+            "loss_by_position",
+            "recall_by_distance",
+            "alpha_by_layer",
+            "training_convert",
+        ),
     }
     for path in pictures:
         image = matplotlib.image.imread(path)
@@ -115,13 +123,30 @@ def test_lines_go_through_the_results() -> None:
     assert list(full.get_ydata()) == [1.0] * len(middles)
 
 
+def test_branches_of_a_stage_share_a_figure_and_stages_do_not() -> None:
+    lines = [{"step": i, "train/loss": 2.0 / i, "train/lr": 1e-3} for i in range(1, 4)]
+    with_alpha = [{**line, "memory/alpha_abs/mean": 0.1} for line in lines]
+    figures = training_figures({"convert": with_alpha, "convert_mamba2": lines, "sft": lines})
+    assert list(figures) == ["training_convert", "training_sft"]
+    convert, sft = figures.values()
+    assert convert is not None
+    assert sft is not None
+    assert [axis.get_ylabel() for axis in convert.axes] == [
+        "KL to full attention (nats/token)",
+        "learning rate",
+        "mean |α| over channels and layers",
+    ]
+    assert [line.get_label() for line in convert.axes[0].lines] == ["convert", "convert_mamba2"]
+    assert sft.axes[0].get_ylabel() == "next-token loss (nats/token)"
+
+
 def test_a_figure_with_nothing_to_show_is_not_drawn() -> None:
     bare = {"overall": {"loss": 1.0}}
     empty = results(mixers={"full": bare}, controls={})
     assert position_figure(empty) is None
     assert distance_figure(empty) is None
     assert alpha_figure(empty) is None
-    assert training_figure({"convert": []}) is None
+    assert training_figures({"convert": [], "evaluate": [{"step": 0}]}) == {}
     assert summary_figure(empty).axes
 
 

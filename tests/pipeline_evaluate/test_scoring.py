@@ -146,7 +146,7 @@ def test_speed_is_the_median_and_runs_take_turns() -> None:
 
     speeds = prefill_speeds(
         {"a": lambda: run("a", 0.004), "b": lambda: run("b", 0.012)},
-        {"a": 120, "b": 120},
+        120,
         repeats=5,
         warmup=1,
         device=CPU,

@@ -98,7 +98,9 @@ def check_files_and_numbers(tiny_run: Any, results: dict[str, Any]) -> None:
         for tasks in row.values():
             for metrics in tasks.values():
                 assert all(isinstance(value, int | float) for value in metrics.values())
-            assert tasks["speed"]["prefill_tokens_per_s"] > 0
+    for tasks in results["mixers"].values():
+        assert tasks["speed"]["prefill_tokens_per_s"] > 0
+        assert tasks["cache"]["bytes_at_long_context"] >= tasks["cache"]["bytes_at_length"] > 0
     assert results["mixers"]["allmem"]["alpha_by_layer"] == pytest.approx({"0": 0.7, "1": 0.7})
     assert "alpha_by_layer" not in results["mixers"]["swa"]
     names = {path.stem for path in (folder / "plots").glob("*.png")}
