@@ -52,6 +52,7 @@ def dense(q: Tensor, k: Tensor, v: Tensor, window: int, sinks: int, scale: float
         (100, 99, 4),
         (100, 64, 200),  # more sinks than tokens
         (65, 64, 1),
+        (65, 64, 0),
         (200, 32, 3),
     ],
 )
