@@ -16,6 +16,7 @@ from data_prep.words import RECALL_KEYS
 Layout = Literal["far", "mixed", "dense"]
 SOURCE_KINDS = ("text", "jsonl", "chat_jsonl", "python_packages", "recall", "demo_chat")
 FILLER_KINDS = ("text", "jsonl", "python_packages")
+FILE_ORDERS = ("hashed", "sorted")
 PACKINGS = ("best_fit", "none")
 
 
@@ -99,6 +100,9 @@ class SourceConfig:
     """`recall`, `demo_chat`: kind of the text (named by the fields above) between the facts."""
     max_filler_tokens: int = 1_000_000
     """`recall`, `demo_chat`: tokenize no more filler than this."""
+    file_order: str = "hashed"
+    """`text`, `python_packages`: `hashed` (by name) mixes folders and packages, so that the part
+    that is read, where not all is needed, is like the whole; or `sorted`."""
     text_field: str = "text"
     """`jsonl`: the field that holds the text."""
     id_field: str = "id"
@@ -119,6 +123,7 @@ class SourceConfig:
             object.__setattr__(self, "name", self.kind)
         _check_choice("kind", self.kind, SOURCE_KINDS)
         _check_choice("filler", self.filler, FILLER_KINDS)
+        _check_choice("file_order", self.file_order, FILE_ORDERS)
         reads = self.filler if self.generated else self.kind
         if reads == "python_packages" and not self.packages:
             raise ValueError(f"source {self.name}: packages is empty; name installed packages")
@@ -159,8 +164,8 @@ class PrepareConfig:
     """Tokens per sample."""
     sources: list[SourceConfig] = field(default_factory=list)
     train_samples: int | None = None
-    """Samples of the train split, shared by the sources' weights; None: all text once (then no
-    generated sources)."""
+    """Samples of the train split, shared by the sources' weights; no more text is read than they
+    need. None: all text once (then no generated sources)."""
     eval_samples: int | None = None
     """Samples of the eval split."""
     eval_fraction: float = 0.02

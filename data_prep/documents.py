@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import glob
 import gzip
+import hashlib
 import importlib.util
 import io
 import json
@@ -86,7 +87,7 @@ def read_documents(
         names = config.eval_packages if evaluation else config.packages
         if keep is not None:
             names, keep = tuple(name for name in names if keep(name)), None
-        stream = _read_packages(names, config.name, report)
+        stream = _read_packages(names, config, report)
     else:
         path = config.eval_path if evaluation else config.path
         if path is None:
@@ -149,18 +150,29 @@ def package_files(name: str) -> list[tuple[str, Path]]:
     return sorted(files)
 
 
-def _read_packages(names: tuple[str, ...], source: str, report: ReadReport) -> Iterator[Document]:
-    for name in names:
-        for identity, file in package_files(name):
-            text = _read_utf8(file, identity, report)
-            if text is not None:
-                yield Document(text, identity, source)
+def _read_packages(
+    names: tuple[str, ...], config: SourceConfig, report: ReadReport
+) -> Iterator[Document]:
+    files = [pair for name in names for pair in package_files(name)]
+    yield from _read_files(files, config, report)
 
 
 def _read_text_files(path: str, config: SourceConfig, report: ReadReport) -> Iterator[Document]:
     base = Path(path)
-    for file in find_files(path, config.pattern):
-        identity = file.relative_to(base).as_posix() if base.is_dir() else file.name
+    files = [
+        (file.relative_to(base).as_posix() if base.is_dir() else file.name, file)
+        for file in find_files(path, config.pattern)
+    ]
+    yield from _read_files(files, config, report)
+
+
+def _read_files(
+    files: list[tuple[str, Path]], config: SourceConfig, report: ReadReport
+) -> Iterator[Document]:
+    """A document a file, in the configured order."""
+    if config.file_order == "hashed":
+        files = sorted(files, key=lambda pair: hashlib.sha256(pair[0].encode()).digest())
+    for identity, file in files:
         text = _read_utf8(file, identity, report)
         if text is not None:
             yield Document(text, identity, config.name)

@@ -76,9 +76,21 @@ def prepare_shards(
     if done is not None:
         return done
     fillers: FillerCache = {}
+    shares = {split: share_samples(config, split) for split in SPLITS}
     sources = {
-        split: [build_source(config, n, split, tokenizer, fillers) for n in _wanted(config, split)]
+        split: [
+            build_source(config, number, split, tokenizer, wanted=count, fillers=fillers)
+            for number, count in enumerate(shares[split])
+            if count != 0
+        ]
         for split in SPLITS
+    }
+    counts = {
+        split: [
+            _count(source, count, split)
+            for source, count in zip(built, (c for c in shares[split] if c != 0), strict=True)
+        ]
+        for split, built in sources.items()
     }
     fingerprints = {
         f"{split}/{source.name}": source.fingerprint
@@ -88,7 +100,9 @@ def prepare_shards(
     _claim_folder(out_path, {**identity, "text": fingerprints})
     splits: dict[str, tuple[ShardRecord, ...]] = {}
     for split, built in sources.items():
-        splits[split] = _write_split(config, split, built, out_path / split, progress)
+        splits[split] = _write_split(
+            config, split, built, counts[split], out_path / split, progress
+        )
     manifest = Manifest(
         tokenizer_hash=identity["tokenizer_hash"],
         vocab_size=len(tokenizer),
@@ -104,12 +118,6 @@ def prepare_shards(
     )
     manifest.save(out_path)
     return manifest
-
-
-def _wanted(config: PrepareConfig, split: str) -> list[int]:
-    """Sources that a split needs at all."""
-    wanted = config.train_samples if split == "train" else config.eval_samples
-    return [] if wanted == 0 else list(range(len(config.sources)))
 
 
 def _finished(out_path: Path, identity: dict[str, Any]) -> Manifest | None:
@@ -148,14 +156,13 @@ def _write_split(
     config: PrepareConfig,
     split: str,
     sources: list[SampleSource],
+    counts: list[int],
     folder: Path,
     progress: Progress | None,
 ) -> tuple[ShardRecord, ...]:
-    wanted = config.train_samples if split == "train" else config.eval_samples
-    counts = share_samples(config, sources, wanted, split)
     orders = [
-        _order(source, count, stream_seed(config.seed, number, f"order/{split}"))
-        for number, (source, count) in enumerate(zip(sources, counts, strict=True))
+        _order(source, count, config.seed, split)
+        for source, count in zip(sources, counts, strict=True)
     ]
     plans = [
         _ShardPlan(number, first, min(config.samples_per_shard, count - first))
@@ -193,45 +200,47 @@ def _existing(path: Path, source: SampleSource, count: int) -> ShardRecord | Non
     return record if record.num_samples == count else None
 
 
-def _order(source: SampleSource, count: int, seed: int) -> NDArray[np.int64]:
+def _order(source: SampleSource, count: int, seed: int, split: str) -> NDArray[np.int64]:
     """Which samples are taken, in which order: generated ones by number, others shuffled."""
     if source.num_available is None:
         return np.arange(count, dtype=np.int64)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(stream_seed(seed, source.name, f"order/{split}"))
     return rng.permutation(source.num_available)[:count].astype(np.int64)
 
 
-def share_samples(
-    config: PrepareConfig, sources: list[SampleSource], wanted: int | None, split: str
-) -> list[int]:
-    """How many samples each source gives: by weight, or all there are where no number is asked.
+def share_samples(config: PrepareConfig, split: str) -> list[int | None]:
+    """How many samples each source gives: by weight; None (all) where no number is asked.
 
     Raises:
-        ValueError: a generated source without a number, or a source with too few samples.
+        ValueError: a generated source without a number.
     """
-    if not sources:
-        return []
+    wanted = config.train_samples if split == "train" else config.eval_samples
     if wanted is None:
-        for source in sources:
-            if source.num_available is None:
+        for source in config.sources:
+            if source.generated:
                 raise ValueError(
                     f"source {source.name} is generated without end; set data.{split}_samples"
                 )
-        return [int(source.num_available or 0) for source in sources]
+        return [None] * len(config.sources)
     weights = np.asarray([s.weight for s in config.sources], dtype=np.float64)
     exact = wanted * weights / weights.sum()
     counts = np.floor(exact).astype(int)
     # Largest remainders first; ties by position.
     for i in np.argsort(counts - exact, kind="stable")[: wanted - int(counts.sum())]:
         counts[i] += 1
-    for source, count in zip(sources, counts, strict=True):
-        available = source.num_available
-        if available is not None and available < count:
-            raise ValueError(
-                f"source {source.name} has {available} {split} samples, {count} are wanted; lower "
-                f"data.{split}_samples or its weight, or give it more text"
-            )
     return [int(count) for count in counts]
+
+
+def _count(source: SampleSource, wanted: int | None, split: str) -> int:
+    available = source.num_available
+    if wanted is None:
+        return available or 0
+    if available is not None and available < wanted:
+        raise ValueError(
+            f"source {source.name} has {available} {split} samples, {wanted} are wanted; lower "
+            f"data.{split}_samples or its weight, or give it more text"
+        )
+    return wanted
 
 
 def plan_hash(config: PrepareConfig, tokenizer: TokenizerLike) -> str:

@@ -24,6 +24,7 @@ SPLITS = ("train", "eval")
 _TOKENIZE_BATCH = 64
 _FILLER_FIELDS = (
     "filler",
+    "file_order",
     "path",
     "eval_path",
     "pattern",
@@ -71,13 +72,18 @@ class PackedSource:
         seq_length: int,
         packing: str,
         pad_id: int,
+        wanted: int | None = None,
     ) -> None:
+        """Reads until `wanted` samples are sure to come of it, or to the end where None."""
         self.name, self.kind = config.name, config.sample_kind
         self._seq_length, self._pad_id = seq_length, pad_id
         self._ids: list[str] = []
         rows: list[NDArray[np.int32]] = []
         masks: list[NDArray[np.uint8]] = []
         too_long = 0
+        alone = self.kind == "chat" and packing == "none"
+        sure = 0  # a lower bound of samples (of tokens, for best_fit: no bin holds more)
+        goal = wanted if wanted is None or packing == "none" else wanted * seq_length
         for identity, tokens, mask in documents:
             if self.kind == "chat" and len(tokens) > seq_length:
                 too_long += 1  # cutting a conversation would tear question and answer apart
@@ -85,10 +91,14 @@ class PackedSource:
             self._ids.append(identity)
             rows.append(tokens)
             masks.append(mask)
+            if packing == "best_fit":
+                sure += len(tokens)
+            else:
+                sure += 1 if alone else len(tokens) // seq_length
+            if goal is not None and sure >= goal:
+                break
         lengths = [len(row) for row in rows]
-        # A conversation shorter than seq_length is no remainder, so `none` pads it.
-        alone = self.kind == "chat" and packing == "none"
-        if alone:
+        if alone:  # a conversation shorter than seq_length is no remainder: it is padded
             self._samples = [[Piece(i, 0, length)] for i, length in enumerate(lengths)]
             dropped_pieces = dropped_tokens = 0
         else:
@@ -104,7 +114,7 @@ class PackedSource:
         digest.update(self._starts.astype("<i8").tobytes())
         self.fingerprint = digest.hexdigest()
         self.report = {
-            "num_documents": report.num_documents,
+            "num_documents": len(self._ids) + too_long,
             "num_tokens": int(self._starts[-1]),
             "num_samples_available": self.num_available,
             "num_dropped_tails": dropped_pieces,
@@ -163,6 +173,8 @@ def build_source(
     number: int,
     split: str,
     tokenizer: TokenizerLike,
+    *,
+    wanted: int | None = None,
     fillers: FillerCache | None = None,
 ) -> SampleSource:
     """Reads and tokenizes source `number` of the configuration for one split.
@@ -172,6 +184,7 @@ def build_source(
         number: which of its sources.
         split: `train` or `eval`.
         tokenizer: a fast tokenizer.
+        wanted: read no more text than these samples need; all where None.
         fillers: filler that other sources have read already, kept and used by what names it.
 
     Raises:
@@ -195,7 +208,7 @@ def build_source(
             tokenizer,
             filler,
             seq_length=config.seq_length,
-            seed=stream_seed(config.seed, number, split),
+            seed=stream_seed(config.seed, source.name, split),
             source=source.name,
         )
         return GeneratedSource(source, generator, filler, report)
@@ -207,14 +220,15 @@ def build_source(
         seq_length=config.seq_length,
         packing=config.packing,
         pad_id=pad_token_id(tokenizer),
+        wanted=wanted,
     )
     report.check(source.name, config.max_bad_fraction)
     return packed
 
 
-def stream_seed(seed: int, number: int, split: str) -> int:
+def stream_seed(seed: int, name: str, split: str) -> int:
     """One seed for each source and split, the same on every machine."""
-    digest = hashlib.sha256(f"{seed}/{number}/{split}".encode()).digest()
+    digest = hashlib.sha256(f"{seed}/{name}/{split}".encode()).digest()
     return int.from_bytes(digest[:6], "big")
 
 

@@ -91,7 +91,7 @@ def test_text_folder_is_sorted_and_bad_utf8_counted(tmp_path: Path) -> None:
     (tmp_path / "bad.txt").write_bytes(b"ok \xff no")
     (tmp_path / "empty.txt").write_bytes(b"")
     report = ReadReport()
-    documents = read(report, kind="text", path=str(tmp_path))
+    documents = read(report, kind="text", path=str(tmp_path), file_order="sorted")
     assert [(d.id, d.text) for d in documents] == [
         ("a.txt", "A\r\n"),
         ("b.md", "# B\n"),
@@ -110,9 +110,12 @@ def test_package_sources_are_sorted_and_complete() -> None:
     names = [name for name, _ in files]
     assert names == sorted(names)
     assert "json/decoder.py" in names
-    documents = read(kind="python_packages", packages=("json", "string"))
+    documents = read(kind="python_packages", packages=("json", "string"), file_order="sorted")
     assert [d.id for d in documents][: len(names)] == names
     assert documents[-1].id == "string.py"
+    mixed = read(kind="python_packages", packages=("string", "json"))
+    assert sorted(d.id for d in mixed) == sorted(d.id for d in documents)
+    assert [d.id for d in mixed] != [d.id for d in documents]
     with pytest.raises(ValueError, match="not installed here"):
         read(kind="python_packages", packages=("no_such_package",))
     with pytest.raises(ValueError, match="not installed here"):

@@ -310,6 +310,21 @@ def test_packages_are_held_out_whole(tokenizer: Any, tmp_path: Path) -> None:
     assert not found["train"] & found["eval"]
 
 
+def test_no_more_text_is_read_than_needed(tokenizer: Any, tmp_path: Path) -> None:
+    source = SourceConfig(kind="python_packages", packages=("email",), eval_packages=("json",))
+    for packing in ("best_fit", "none"):
+        fields: dict[str, Any] = {"sources": [source], "seq_length": 256, "packing": packing}
+        whole = prepare_shards(PrepareConfig(**fields), tmp_path / packing, tokenizer=tokenizer)
+        few = prepare_shards(
+            PrepareConfig(**fields, train_samples=20, eval_samples=0),
+            tmp_path / f"{packing}_few",
+            tokenizer=tokenizer,
+        )
+        assert few.num_samples("train") == 20
+        read, total = (m.reports["train/python_packages"]["num_documents"] for m in (few, whole))
+        assert read < total / 2
+
+
 def test_three_thousand_documents_take_seconds(
     tokenizer: Any, tokenizer_dir: Path, tmp_path: Path
 ) -> None:
