@@ -99,6 +99,23 @@ def summarise(
     return metrics
 
 
+def gap_closed(metrics: Metrics, *, full: Metrics, window: Metrics) -> dict[str, float]:
+    """How much of the loss that the window costs beyond itself is won back, by kind of document.
+
+    `(window - loss) / (window - full)` of `loss_beyond_window`: 0 is sliding-window attention, 1
+    is full attention. Left out where the window costs nothing.
+    """
+    name = "loss_beyond_window"
+    closed = {}
+    for task in ("text", "recall", "chat", "overall"):
+        losses = [rows.get(task, {}).get(name) for rows in (window, metrics, full)]
+        if None not in losses:
+            worst, mine, best = (float(loss) for loss in losses if loss is not None)
+            if worst > best:
+                closed[task] = (worst - mine) / (worst - best)
+    return closed
+
+
 def _loss_metrics(losses: LossBins, window_size: int) -> dict[str, float]:
     beyond = [i for i, edge in enumerate(losses.edges[:-1]) if edge >= window_size]
     metrics: dict[str, float] = {

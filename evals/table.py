@@ -118,6 +118,19 @@ def caption(results: Mapping[str, Any]) -> str:
     )
 
 
+def gap_line(results: Mapping[str, Any]) -> str:
+    """How much of the window's loss the trained mixers win back; empty where none is measured."""
+    parts = []
+    for name, metrics in results["mixers"].items():
+        gap = metrics.get("gap_closed_beyond_window", {})
+        if "overall" in gap:
+            kinds = ", ".join(f"{k} {v:.0%}" for k, v in gap.items() if k != "overall")
+            parts.append(f"{name} {gap['overall']:.0%} ({kinds})")
+    if not parts:
+        return ""
+    return f"Gap in loss beyond the window, from swa to full, closed by: {'; '.join(parts)}."
+
+
 def markdown_table(results: Mapping[str, Any]) -> str:
     """The table as GitHub Markdown, with its caption and the mixers that are missing."""
     headings, rows = table_cells(results)
@@ -125,6 +138,8 @@ def markdown_table(results: Mapping[str, Any]) -> str:
     lines = [_markdown_line(headings, widths), _markdown_rule(widths)]
     lines += [_markdown_line(row, widths) for row in rows]
     lines += ["", caption(results)]
+    if gap := gap_line(results):
+        lines += ["", gap]
     lines += [
         f"\nNot measured: `{name}`: {why}" for name, why in results.get("missing", {}).items()
     ]
@@ -136,7 +151,7 @@ def terminal_table(results: Mapping[str, Any]) -> RichTable:
     headings, rows = table_cells(results)
     table = RichTable(
         title="AllMem evaluation",
-        caption=caption(results),
+        caption=f"{caption(results)} {gap_line(results)}".rstrip(),
         caption_justify="left",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),

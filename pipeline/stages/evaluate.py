@@ -1,7 +1,7 @@
 """`stage=evaluate`: mixers side by side on the same held-out documents, with the controls.
 
 Every subject sees the same batches. Documents are split over the ranks; each leaves a small record,
-and records are gathered on rank 0. See `docs/evaluation.md` for what the numbers mean.
+and the records of all ranks are put together.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from data_prep.shards import Manifest, ShardRecord, file_sha256, read_shard
 from evals.bins import bin_edges
 from evals.config import EvalConfig
 from evals.documents import EvalDocument, batches_of, documents_of, select
-from evals.records import DocumentRecord, Metrics, summarise
+from evals.records import DocumentRecord, Metrics, gap_closed, summarise
 from evals.table import terminal_table
 from pipeline.context import StageContext, folder_name
 from pipeline.distributed import on_main
@@ -167,6 +167,12 @@ class _Evaluation:
             subject.name: self._metrics(subject, measured[subject.name], speeds)
             for subject in present
         }
+        if "full" in metrics and "swa" in metrics:
+            for subject in present:
+                if subject.mixer not in ("full", "swa"):
+                    metrics[subject.name]["gap_closed_beyond_window"] = gap_closed(
+                        metrics[subject.name], full=metrics["full"], window=metrics["swa"]
+                    )
         return {
             "mixers": {s.name: metrics[s.name] for s in present if not s.is_control},
             "controls": {s.name: metrics[s.name] for s in present if s.is_control},

@@ -6,7 +6,7 @@ import pytest
 
 from evals.perplexity import LossBins
 from evals.recall import QueryResult
-from evals.records import DocumentRecord, summarise
+from evals.records import DocumentRecord, gap_closed, summarise
 
 EDGES = [0, 4, 8]
 
@@ -69,3 +69,17 @@ def test_documents_inside_the_window_have_no_loss_beyond_it() -> None:
 def test_a_stored_record_of_another_form_is_refused() -> None:
     with pytest.raises(ValueError, match="delete evaluate/partial"):
         DocumentRecord.from_json({"id": "a"})
+
+
+def test_the_closed_gap_is_zero_at_the_window_and_one_at_full_attention() -> None:
+    def row(text: float, recall: float) -> dict[str, dict[str, float]]:
+        return {
+            "text": {"loss_beyond_window": text},
+            "recall": {"loss_beyond_window": recall},
+            "overall": {"loss": 1.0},
+        }
+
+    full, window = row(2.0, 1.0), row(2.0, 5.0)
+    assert gap_closed(window, full=full, window=window) == {"recall": 0.0}
+    assert gap_closed(full, full=full, window=window) == {"recall": 1.0}
+    assert gap_closed(row(1.0, 2.0), full=full, window=window) == {"recall": 0.75}

@@ -1,12 +1,14 @@
 """The table says what the results say, in units that a person reads."""
 
 import io
+from typing import Any
 
 import pytest
 from rich.console import Console
 
 from evals.table import (
     format_value,
+    gap_line,
     human_bytes,
     human_tokens,
     markdown_table,
@@ -24,7 +26,7 @@ def row(loss: float, recall: float) -> dict[str, dict[str, float]]:
     }
 
 
-def results() -> dict[str, object]:
+def results() -> dict[str, Any]:
     return {
         "mixers": {"full": row(2.0, 0.975), "swa": row(3.0, 0.05), "allmem": row(2.5, 0.75)},
         "controls": {"memory_off": row(3.0, 0.05), "write_off": row(3.0, 0.05)},
@@ -88,6 +90,15 @@ def test_markdown_has_one_line_a_row_and_says_what_is_missing() -> None:
     assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
     assert "20 answers whose evidence lies outside the window" in text
     assert "`mamba2`: no weights under convert_mamba2/" in text
+
+
+def test_the_closed_gap_is_told_in_percent() -> None:
+    assert gap_line(results()) == ""
+    measured = results()
+    gap = {"text": 0.25, "recall": 0.8, "overall": 0.625}
+    measured["mixers"]["allmem"]["gap_closed_beyond_window"] = gap
+    assert gap_line(measured).endswith("closed by: allmem 62% (text 25%, recall 80%).")
+    assert "allmem 62%" in markdown_table(measured)
 
 
 def test_the_terminal_table_shows_every_row_unbroken_in_80_columns() -> None:

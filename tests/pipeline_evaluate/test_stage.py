@@ -79,6 +79,14 @@ def test_rows_equal_plain_loops_and_controls_differ_as_they_must(tiny_run: Any) 
         assert got["recall"]["exact_match_outside_window"] == want["recall"]
         assert got["recall"]["num_queries_outside_window"] == 4
         assert got["recall"]["num_queries"] == 8
+    by_task = {
+        task: [rows[name][task]["loss_beyond_window"] for name in ("swa", "allmem", "full")]
+        for task in ("recall", "text", "overall")
+    }
+    assert rows["allmem"]["gap_closed_beyond_window"] == pytest.approx(
+        {task: (a - b) / (a - c) for task, (a, b, c) in by_task.items() if a > c}
+    )
+    assert any(a > c for a, _, c in by_task.values())
     losses = {name: row["overall"]["loss"] for name, row in rows.items()}
     assert losses["memory_off"] == losses["swa"]
     assert len(set(losses.values())) == len(losses) - 1
