@@ -34,13 +34,11 @@ CONFIG_DIR = PROJECT_ROOT / "configs"
 
 def nearest(word: str, known: Sequence[str], *, how_many: int = 3) -> str:
     """`; did you mean X?` for a misspelt word, or the list of all where none is near."""
+    same_end = [key for key in known if key.endswith("." + word.rsplit(".", 1)[-1])]
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    if not close and "." in word:
-        tail = word.rsplit(".", 1)[1]
-        close = [key for key in known if key.rsplit(".", 1)[-1] == tail][:1]
-    if not close and "." not in word:
-        close = [", ".join(key for key in known if key.endswith("." + word))]
-    if close and close[0]:
+    if same_end and (not close or "." not in word):
+        return f"; did you mean {' or '.join(same_end[: 2 * how_many])}?"
+    if close:
         return f"; did you mean {close[0]}?"
     shown = ", ".join(known) if len(known) <= 12 else ", ".join(known[: how_many * 4]) + ", …"
     return f"; known: {shown}"

@@ -70,7 +70,6 @@ def _run(config: RunConfig) -> int:
         MainRankFailedError,
         init_distributed,
         seed_everything,
-        shutdown,
     )
     from pipeline.train_loop import StopRequested
 
@@ -90,9 +89,15 @@ def _run(config: RunConfig) -> int:
         return EXIT_STOPPED
     except MainRankFailedError:
         return EXIT_USER_ERROR  # rank 0 prints the reason
-    finally:
-        shutdown()
     return 0
+
+
+def _leave() -> None:
+    """End the process group; only at the process's end, for DeepSpeed keeps groups by itself."""
+    if "torch" in sys.modules:
+        from pipeline.distributed import shutdown
+
+        shutdown()
 
 
 @contextlib.contextmanager
@@ -202,4 +207,8 @@ def commit() -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        status = main()
+    finally:
+        _leave()
+    sys.exit(status)

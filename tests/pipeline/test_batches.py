@@ -1,0 +1,53 @@
+"""Loss masks and micro-batches."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from data_prep.loader import Batch
+from pipeline.batches import split_batch, target_mask
+
+
+def test_mask_moves_to_the_position_that_predicts():
+    mask = torch.tensor([[True, False, True, True], [False, True, False, False]])
+    wanted = [[False, True, True, False], [True, False, False, False]]
+    assert target_mask(mask).tolist() == wanted
+
+
+def test_first_token_of_a_document_is_never_a_target():
+    mask = torch.ones(1, 6, dtype=torch.bool)
+    borders = torch.tensor([0, 2, 5, 6])
+    assert target_mask(mask, borders).tolist() == [[True, False, True, True, False, False]]
+
+
+def batch(cu_seqlens: torch.Tensor | None) -> Batch:
+    tokens = torch.arange(24).reshape(4, 6)
+    mask = torch.ones(4, 6, dtype=torch.bool)
+    return Batch(tokens=tokens, loss_mask=mask, cu_seqlens=cu_seqlens, meta=[{}] * 4)
+
+
+def test_rows_are_cut_into_micro_batches():
+    parts = split_batch(batch(None), 2, None, "convert")
+    assert [part.tokens.tolist() for part in parts] == [
+        batch(None).tokens[:2].tolist(),
+        batch(None).tokens[2:].tolist(),
+    ]
+    assert all(part.cu_seqlens is None for part in parts)
+
+
+def test_packed_rows_keep_their_borders_when_cut():
+    packed = batch(torch.tensor([0, 2, 6, 12, 15, 18, 24], dtype=torch.int32))
+    first, second = split_batch(packed, 2, 4, "convert")
+    assert first.tokens.tolist() == [[0, 1, 2, 3, 6, 7, 8, 9]]
+    assert first.cu_seqlens is not None
+    assert second.cu_seqlens is not None
+    assert first.cu_seqlens.tolist() == [0, 2, 4, 8]
+    assert second.cu_seqlens.tolist() == [0, 3, 4, 8]
+    # tokens 2 and 6 begin documents, so nothing predicts them
+    assert first.targets.tolist() == [[True, False, True, False, True, True, True, False]]
+
+
+def test_longer_sequences_than_the_shards_are_refused():
+    with pytest.raises(ValueError, match=r"convert\.seq_length=8 exceeds the shards' 6 tokens"):
+        split_batch(batch(None), 2, 8, "convert")
