@@ -7,7 +7,7 @@ import numpy as np
 from data_prep.chat import join_turns, parse_template
 from data_prep.config import RecallConfig
 from data_prep.filler import MAX_FILLER_LINE, FillerBank
-from data_prep.recall import Line, RecallGenerator, place_lines, query_record, snap
+from data_prep.recall import Placement, RecallGenerator, place_lines, query_record
 from data_prep.sample import Sample
 from data_prep.tokenize import TokenizerLike, encode_text
 from data_prep.words import RECALL_KEYS
@@ -44,7 +44,7 @@ class DemoChatGenerator:
         self._tokenizer = tokenizer
         self._filler = filler
         keys = [f" {key}?" for key in RECALL_KEYS]
-        self._first = encode_text(tokenizer, [FIRST_QUESTION + key for key in keys])
+        self._first = encode_text(tokenizer, ["\n" + FIRST_QUESTION + key for key in keys])
         self._next = encode_text(tokenizer, [NEXT_QUESTION + key for key in keys])
         self._templates = {
             turns: parse_template(("user", "assistant") * turns, tokenizer)
@@ -59,13 +59,13 @@ class DemoChatGenerator:
         wanted = int(rng.integers(config.num_queries[0], config.num_queries[1] + 1))
         asked = rng.choice(len(pairs), size=min(wanted, len(pairs)), replace=False)
         facts = [recall.line(i, pairs, query=False) for i in range(len(pairs))]
-        answers = [_without_newline(recall.line(int(i), pairs, query=True)) for i in asked]
+        answers = [recall.line(int(i), pairs, query=True) for i in asked]
         contents: list[list[int]] = []
         for turn, pair in enumerate(asked):
             question = self._first if turn == 0 else self._next
             contents += [question[pairs[int(pair)][0]], answers[turn].tokens]
         template = self._templates[len(asked)]
-        fixed = template.num_tokens + sum(map(len, contents)) + sum(len(f.tokens) for f in facts)
+        fixed = template.num_tokens + sum(map(len, contents)) + recall.num_line_tokens(facts)
         length = self.seq_length - fixed
         high = length - config.min_distance
         if high < MAX_FILLER_LINE:
@@ -74,9 +74,10 @@ class DemoChatGenerator:
                 f"of filler (seq_length={self.seq_length}); lower recall.min_distance of "
                 f"source {self.source}"
             )
-        filler, borders = self._filler.stretch(length, rng)
-        at = snap(borders[borders <= high], rng.integers(0, high + 1, size=len(facts)))
-        document, places = place_lines(facts, filler, at)
+        filler = self._filler.stretch(length, rng)
+        last = int(np.searchsorted(filler.borders, high, side="right"))
+        at = filler.snap(slice(0, last), rng.integers(0, high + 1, size=len(facts)))
+        document, places = place_lines(Placement(facts, filler, at), recall.newline)
         contents[0] = [*document.tolist(), *contents[0]]
         roles = ("user", "assistant") * len(asked)
         tokens, mask, starts = join_turns(template, roles, contents)
@@ -104,9 +105,3 @@ class DemoChatGenerator:
                 "num_padding": 0,
             },
         )
-
-
-def _without_newline(line: Line) -> Line:
-    return Line(
-        line.tokens[: line.value_end], line.value_start, line.value_end, line.pair, line.is_query
-    )

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.config import Layout, RecallConfig
-from data_prep.filler import MAX_FILLER_LINE, FillerBank
+from data_prep.filler import MAX_FILLER_LINE, FillerBank, Stretch
 from data_prep.sample import Sample
 from data_prep.tokenize import TokenizerLike, encode_text
 from data_prep.words import RECALL_KEYS, RECALL_VALUES
@@ -45,13 +45,22 @@ def recall_symbols(separator: str = " ->") -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Line:
-    """A fact or a question, as tokens; `value_start:value_end` is its value within them."""
+    """A fact or a question, without its newline; `value_start:value_end` is its value's tokens."""
 
     tokens: list[int]
     value_start: int
     value_end: int
     pair: int
     is_query: bool
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Lines and the border numbers of the filler at which they are put in."""
+
+    lines: list[Line]
+    filler: Stretch
+    places: list[int]
 
 
 class RecallGenerator:
@@ -86,7 +95,7 @@ class RecallGenerator:
         self.seed = seed
         texts = [NOTE_MARK, RECALL_MARK, "\n", *recall_words()]
         encoded = encode_text(tokenizer, texts)
-        self._note, self._recall, self._newline = encoded[:3]
+        self._note, self._recall, self.newline = encoded[:3]
         self._separator = encode_text(tokenizer, [config.separator])[0] if config.separator else []
         self._keys = encoded[3 : 3 + len(RECALL_KEYS)]
         self._values = encoded[3 + len(RECALL_KEYS) :]
@@ -95,7 +104,7 @@ class RecallGenerator:
             + max(map(len, self._keys))
             + len(self._separator)
             + max(map(len, self._values))
-            + len(self._newline)
+            + len(self.newline)
         )
         if config.far_weight > 0:
             self._check_far_fits()
@@ -133,16 +142,19 @@ class RecallGenerator:
         share = np.asarray(list(weights.values()))
         drawn = list(weights)[int(rng.choice(len(share), p=share / share.sum()))]
         layout = layout or drawn
-        lines, filler, offsets = getattr(self, f"_{layout}")(rng)
-        return self._assemble(lines, filler, offsets, layout, index)
+        placement: Placement = getattr(self, f"_{layout}")(rng)
+        return self._assemble(placement, layout, index)
 
     def line(self, pair: int, pairs: list[tuple[int, int]], *, query: bool) -> Line:
         key, value = pairs[pair]
         mark = self._recall if query else self._note
         head = [*mark, *self._keys[key], *self._separator]
-        tokens = [*head, *self._values[value], *self._newline]
-        end = len(head) + len(self._values[value])
-        return Line(tokens, len(head), end, pair, query)
+        tokens = [*head, *self._values[value]]
+        return Line(tokens, len(head), len(tokens), pair, query)
+
+    def num_line_tokens(self, lines: Sequence[Line]) -> int:
+        """Tokens that lines take up, newlines included."""
+        return sum(len(line.tokens) + len(self.newline) for line in lines)
 
     def draw_pairs(
         self, rng: np.random.Generator, bounds: tuple[int, int]
@@ -152,45 +164,50 @@ class RecallGenerator:
         values = rng.choice(len(self._values), size=count, replace=False)
         return [(int(k), int(v)) for k, v in zip(keys, values, strict=True)]
 
-    def _far(self, rng: np.random.Generator) -> tuple[list[Line], NDArray[np.int32], list[int]]:
+    def _far(self, rng: np.random.Generator) -> Placement:
         config = self.config
         pairs = self.draw_pairs(rng, config.num_facts)
         wanted = int(rng.integers(config.num_queries[0], config.num_queries[1] + 1))
         asked = rng.choice(len(pairs), size=min(wanted, len(pairs)), replace=False)
         facts = [self.line(i, pairs, query=False) for i in range(len(pairs))]
         queries = [self.line(int(i), pairs, query=True) for i in asked]
-        length = self.seq_length - sum(len(line.tokens) for line in (*facts, *queries))
-        filler, borders = self.filler.stretch(length, rng)
+        length = self.seq_length - self.num_line_tokens([*facts, *queries])
+        filler = self.filler.stretch(length, rng)
         query_low = length - max(int(config.query_region * length), MAX_FILLER_LINE)
-        query_borders = borders[borders >= query_low]
+        first_query = int(np.searchsorted(filler.borders, query_low))
         fact_high = min(
-            int(query_borders[0]) - config.min_distance,
+            int(filler.borders[first_query]) - config.min_distance,
             max(int(config.fact_region * length), MAX_FILLER_LINE),
         )
-        fact_borders = borders[borders <= fact_high]
+        last_fact = int(np.searchsorted(filler.borders, fact_high, side="right"))
         # Uniform over tokens, then back to the line's begin: short lines get no more than others.
-        at_facts = snap(fact_borders, rng.integers(0, fact_high + 1, size=len(facts)))
-        at_queries = snap(query_borders, rng.integers(query_low, length + 1, size=len(queries)))
-        return [*facts, *queries], filler, [*at_facts, *at_queries]
+        at_facts = rng.integers(0, fact_high + 1, size=len(facts))
+        at_queries = rng.integers(query_low, length + 1, size=len(queries))
+        places = [
+            *filler.snap(slice(0, last_fact), at_facts),
+            *filler.snap(slice(first_query, None), at_queries),
+        ]
+        return Placement([*facts, *queries], filler, places)
 
-    def _mixed(self, rng: np.random.Generator) -> tuple[list[Line], NDArray[np.int32], list[int]]:
+    def _mixed(self, rng: np.random.Generator) -> Placement:
         config = self.config
         pairs = self.draw_pairs(rng, config.num_facts)
         fraction = float(rng.uniform(*config.filler_fraction))
         budget = self.seq_length - int(fraction * self.seq_length)
         lines = self._interleave(rng, pairs, budget, spread=0.5)
-        length = self.seq_length - sum(len(line.tokens) for line in lines)
-        filler, borders = self.filler.stretch(length, rng)
+        length = self.seq_length - self.num_line_tokens(lines)
+        filler = self.filler.stretch(length, rng)
         at = np.sort(rng.integers(0, length + 1, size=len(lines)))
-        return lines, filler, snap(borders, at)
+        return Placement(lines, filler, filler.snap(slice(0, None), at))
 
-    def _dense(self, rng: np.random.Generator) -> tuple[list[Line], NDArray[np.int32], list[int]]:
+    def _dense(self, rng: np.random.Generator) -> Placement:
         pairs = self.draw_pairs(rng, self.config.dense_facts)
         lines = self._interleave(rng, pairs, self.seq_length, spread=0.25)
         # Less than a line remains; empty lines make the length exact.
-        rest = self.seq_length - sum(len(line.tokens) for line in lines)
-        filler = np.resize(np.asarray(self._newline, dtype=np.int32), rest)
-        return lines, filler, [0] * len(lines)
+        rest = self.seq_length - self.num_line_tokens(lines)
+        empty = np.resize(np.asarray(self.newline, dtype=np.int32), rest)
+        filler = Stretch(empty, np.asarray([0]), np.asarray([False]))
+        return Placement(lines, filler, [0] * len(lines))
 
     def _interleave(
         self, rng: np.random.Generator, pairs: list[tuple[int, int]], budget: int, *, spread: float
@@ -207,20 +224,14 @@ class RecallGenerator:
                 stated += 1
             else:
                 line = self.line(int(rng.integers(stated)), pairs, query=True)
-            if used + len(line.tokens) > budget:
+            used += self.num_line_tokens([line])
+            if used > budget:
                 return lines
             lines.append(line)
-            used += len(line.tokens)
 
-    def _assemble(
-        self,
-        lines: Sequence[Line],
-        filler: NDArray[np.int32],
-        offsets: Sequence[int],
-        layout: Layout,
-        index: int,
-    ) -> Sample:
-        tokens, starts = place_lines(lines, filler, offsets)
+    def _assemble(self, placement: Placement, layout: Layout, index: int) -> Sample:
+        lines = placement.lines
+        tokens, starts = place_lines(placement, self.newline)
         latest: dict[int, tuple[int, int]] = {}
         facts: dict[int, int] = {}
         queries: list[dict[str, Any]] = []
@@ -267,27 +278,27 @@ def query_record(answer: tuple[int, int], evidence: tuple[int, int]) -> dict[str
 
 
 def place_lines(
-    lines: Sequence[Line], filler: NDArray[np.int32], offsets: Sequence[int]
+    placement: Placement, newline: Sequence[int]
 ) -> tuple[NDArray[np.int32], list[int]]:
-    """Puts `lines[i]` before filler token `offsets[i]`; equal offsets keep their order.
+    """Puts the lines into the filler, each with its newline; lines at one border keep their order.
 
     Returns:
-        the tokens, and the place of each line's first token in them.
+        the tokens, and the place of each line's first token (after a newline in front) in them.
     """
+    filler, borders = placement.filler.tokens, placement.filler.borders
     parts: list[NDArray[np.int32]] = []
-    starts = [0] * len(lines)
+    starts = [0] * len(placement.lines)
     done = position = 0
-    for i in np.argsort(np.asarray(offsets), kind="stable"):
-        parts.append(filler[done : offsets[i]])
-        starts[i] = position + offsets[i] - done
-        done = offsets[i]
-        parts.append(np.asarray(lines[i].tokens, dtype=np.int32))
-        position = starts[i] + len(lines[i].tokens)
+    for i in np.argsort(np.asarray(placement.places), kind="stable"):
+        border = placement.places[i]
+        offset = int(borders[border])
+        line = placement.lines[i].tokens
+        front = bool(placement.filler.before_newline[border])
+        parts.append(filler[done:offset])
+        parts.append(np.asarray([*newline, *line] if front else [*line, *newline], dtype=np.int32))
+        position += offset - done
+        starts[i] = position + (len(newline) if front else 0)
+        position += len(line) + len(newline)
+        done = offset
     parts.append(filler[done:])
     return np.concatenate(parts).astype(np.int32), starts
-
-
-def snap(borders: NDArray[np.int64], places: NDArray[np.int64]) -> list[int]:
-    """The last border at or before each place (the first border where there is none)."""
-    at = np.maximum(np.searchsorted(borders, places, side="right") - 1, 0)
-    return [int(b) for b in borders[at]]

@@ -22,6 +22,9 @@ from data_prep.tokenize import TokenizerLike, encode_text, end_of_text_id, pad_t
 
 SPLITS = ("train", "eval")
 _TOKENIZE_BATCH = 64
+_SPARE_SAMPLES = 2048
+"""Read up to four times the wanted samples, at most so many more, so that few do not come of one
+large document alone."""
 _FILLER_FIELDS = (
     "filler",
     "file_order",
@@ -74,7 +77,7 @@ class PackedSource:
         pad_id: int,
         wanted: int | None = None,
     ) -> None:
-        """Reads until `wanted` samples are sure to come of it, or to the end where None."""
+        """Reads until `wanted` samples and some to spare are sure, or to the end where None."""
         self.name, self.kind = config.name, config.sample_kind
         self._seq_length, self._pad_id = seq_length, pad_id
         self._ids: list[str] = []
@@ -83,7 +86,10 @@ class PackedSource:
         too_long = 0
         alone = self.kind == "chat" and packing == "none"
         sure = 0  # a lower bound of samples (of tokens, for best_fit: no bin holds more)
-        goal = wanted if wanted is None or packing == "none" else wanted * seq_length
+        goal = None
+        if wanted is not None:
+            goal = wanted + min(3 * wanted, _SPARE_SAMPLES)
+            goal *= seq_length if packing == "best_fit" else 1
         for identity, tokens, mask in documents:
             if self.kind == "chat" and len(tokens) > seq_length:
                 too_long += 1  # cutting a conversation would tear question and answer apart

@@ -316,11 +316,11 @@ def test_no_more_text_is_read_than_needed(tokenizer: Any, tmp_path: Path) -> Non
         fields: dict[str, Any] = {"sources": [source], "seq_length": 256, "packing": packing}
         whole = prepare_shards(PrepareConfig(**fields), tmp_path / packing, tokenizer=tokenizer)
         few = prepare_shards(
-            PrepareConfig(**fields, train_samples=20, eval_samples=0),
+            PrepareConfig(**fields, train_samples=10, eval_samples=0),
             tmp_path / f"{packing}_few",
             tokenizer=tokenizer,
         )
-        assert few.num_samples("train") == 20
+        assert few.num_samples("train") == 10
         read, total = (m.reports["train/python_packages"]["num_documents"] for m in (few, whole))
         assert read < total / 2
 

@@ -142,10 +142,63 @@ def tokenizer_without_words(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_filler_lines_are_whole_and_short(tokenizer: Any) -> None:
     long_line = "value = [" + "1, " * 200 + "]\n"
     bank = FillerBank.from_texts(["a = 1\n" + long_line + "b = 2\nno newline"], tokenizer)
-    assert tokenizer.decode(bank.tokens) == "a = 1\nb = 2\n"
-    assert max(np.diff(bank.line_starts)) <= MAX_FILLER_LINE
-    tokens, borders = bank.stretch(len(bank), np.random.default_rng(0))
-    assert len(tokens) == borders[-1] == len(bank)
+    assert tokenizer.decode(bank.tokens) == "a = 1\nb = 2\nno newline\n"
+    assert max(np.diff(bank.borders)) <= MAX_FILLER_LINE
+    stretch = bank.stretch(len(bank), np.random.default_rng(0))
+    assert len(stretch.tokens) == stretch.borders[-1] == len(bank)
+
+
+@pytest.fixture(scope="module")
+def merging_tokenizer() -> Any:
+    """Byte-level BPE as real models have it: newlines join indentation and punctuation."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    backend.train_from_iterator([Path(__file__).read_text("utf-8")] * 2, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
+
+
+def test_tokenizers_that_merge_newlines_keep_all_lines(merging_tokenizer: Any) -> None:
+    text = Path(__file__).read_text("utf-8")
+    assert any(
+        merging_tokenizer.decode([token]).startswith("\n ")
+        for token in encode_text(merging_tokenizer, text)
+    )
+    bank = FillerBank.from_texts([text] * 3, merging_tokenizer)
+    assert len(bank) > 0.9 * 3 * len(encode_text(merging_tokenizer, text))
+    assert merging_tokenizer.decode(bank.tokens).count("\n") > 0.95 * 3 * text.count("\n")
+    generator = RecallGenerator(
+        RecallConfig(min_distance=100, num_facts=(2, 4), dense_facts=(2, 4), separator=":"),
+        merging_tokenizer,
+        bank,
+        seq_length=T,
+        seed=0,
+    )
+    for layout in get_args(Layout):
+        for index in range(10):
+            sample = generator.sample(index, layout=layout)
+            assert sample.tokens.shape == (T,)
+            lines = merging_tokenizer.decode(sample.tokens).split("\n")
+            stated = [line for line in lines if line.startswith(("# note:", "# recall:"))]
+            assert len(stated) >= 2 * len(sample.meta["queries"]) or layout != "far"
+            for query in sample.meta["queries"]:
+                answer = text_of(
+                    merging_tokenizer, sample, query["answer_start"], query["answer_end"]
+                )
+                assert any(line.endswith(":" + answer) for line in stated)  # nothing behind it
+
+
+def test_gaps_in_filler_get_their_newline(merging_tokenizer: Any) -> None:
+    long_line = "    value = [" + "1, " * 200 + "]"
+    text = f"if a:\n    b = 2\n{long_line}\nc = 3\n"
+    bank = FillerBank.from_texts([text], merging_tokenizer)
+    assert merging_tokenizer.decode(bank.tokens) == "if a:\n    b = 2\nc = 3\n"
 
 
 def test_what_does_not_fit_is_refused(tokenizer: Any, filler: FillerBank) -> None:
