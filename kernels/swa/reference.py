@@ -6,9 +6,9 @@ included, and the first s tokens of the document. A sink that lies inside the wi
 Shape letters: B sequences, N documents, T tokens, H query heads, G key-value heads (grouped-query
 attention: H is a multiple of G), K head width, W window, s sinks, C block of queries.
 
-Memory is linear in T: queries go in blocks of about W, and a block is given the sinks and the
-blocks of keys it can reach. This file imports torch and the standard library only: exported models
-carry a copy of it.
+Memory is linear in T: queries go in blocks of W/2, and a block is given the sinks and the blocks of
+keys it can reach. This file imports torch and the standard library only: exported models carry a
+copy of it.
 """
 
 from __future__ import annotations
@@ -126,9 +126,11 @@ def _attend(
     q: Tensor, k: Tensor, v: Tensor, scale: float | None, *, mask: Tensor | None = None
 ) -> Tensor:
     """softmax(q k^T) v for ``[B, H, T, K]``; causal where no mask is given."""
-    shared = q.shape[1] != k.shape[1]
+    group = q.shape[1] // k.shape[1]
+    if group > 1 and q.device.type != "cpu":  # CUDA's kernels of linear memory want equal heads
+        k, v, group = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), 1
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=shared
+        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=group > 1
     )
 
 
@@ -182,7 +184,7 @@ def _banded(
 ) -> Tensor:
     """Blocks of C queries against the sinks and the blocks of keys within reach."""
     num_rows, num_tokens = q.shape[:2]
-    block = min(max(window, SMALLEST_BLOCK), num_tokens)
+    block = min(max((window + 1) // 2, SMALLEST_BLOCK), num_tokens)
     before = -(-(window - 1) // block)  # earlier blocks of keys that a block of queries can see
     num_blocks = -(-num_tokens // block)
     padding = num_blocks * block - num_tokens

@@ -262,7 +262,7 @@ def memory_scan(
         else:
             q_flat, *flat = (x.flatten(0, 1) for x in (q, k, v, eta, mu))
             out, state = scan.ragged(q_flat, tuple(flat), state, starts, pending, return_state)
-        return out.reshape(q.shape).to(q.dtype), state
+        return out.reshape(q.shape), state
 
 
 def _row_starts(q: Tensor, cu_seqlens: Tensor | None) -> list[int]:
@@ -301,8 +301,8 @@ class _Scan(NamedTuple):
         return (*rows, *(w.new_zeros(w.shape) for w in rows))
 
     def read(self, q: Tensor, memory: Memory) -> Tensor:
-        """Equation (8) for q ``[R, C, H, K]``, out likewise."""
-        return read(self.heads_first(q), FastWeights(*memory[:3])).transpose(1, 2)
+        """Equation (8) for q ``[R, C, H, K]``, out likewise and in q's dtype."""
+        return read(self.heads_first(q), FastWeights(*memory[:3])).transpose(1, 2).to(q.dtype)
 
     def write(self, streams: Streams, memory: Memory) -> Memory:
         """Equations (9) to (11) for one chunk, streams ``[R, C, H, ...]``."""
@@ -363,7 +363,7 @@ class _Scan(NamedTuple):
             return x.index_select(0, index.flatten().to(x.device)).unflatten(0, index.shape)
 
         # what was read, and for which token (< 0: for none)
-        out, read_tokens = [q[:0].to(self.dtype)], [torch.empty(0, dtype=torch.int64)]
+        out, read_tokens = [q[:0]], [torch.empty(0, dtype=torch.int64)]
         # rows without a complete chunk still hold W0 where no state came in: nobody needs copies
         known = len(pending) if return_state or state is not None else sum(map(bool, cut.full))
         memory = _take(self.start(state, len(pending)), cut.order[:known])

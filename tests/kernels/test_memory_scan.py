@@ -170,11 +170,12 @@ def test_lower_precision_is_close_and_keeps_a_float32_state(
     assert state.pending_k.dtype == dtype
 
 
-def test_a_long_sequence_without_gradients_takes_little_memory() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_long_sequence_stays_finite_in_little_memory(dtype: torch.dtype) -> None:
     tokens, chunk = 131_072, 2048
     shape = (1, tokens, 1, 8)
-    q = torch.nn.functional.normalize(torch.randn(shape), dim=-1)
-    v, eta = torch.randn(shape), torch.full((1, tokens, 1, 3), 1e-3)
+    q = torch.nn.functional.normalize(torch.randn(shape), dim=-1).to(dtype)
+    v, eta = torch.randn(shape).to(dtype), torch.full((1, tokens, 1, 3), 8 / chunk)
     weights = FastWeights(torch.randn(1, 16, 8), torch.randn(1, 16, 8), torch.randn(1, 8, 16))
     made = LargeTensors(at_least=chunk * 64)
     with torch.no_grad(), made:
