@@ -15,6 +15,10 @@ from data_prep.tokenize import TokenizerLike, encode_text
 _PLACE = re.compile("\ue000([0-9]+)\ue001")
 
 
+class RefusedChatError(ValueError):
+    """The chat template does not take a conversation of these roles."""
+
+
 @dataclass(frozen=True)
 class ChatTemplate:
     """A rendered template: text of its own (token ids) with the messages' places between.
@@ -40,19 +44,25 @@ def parse_template(roles: Sequence[str], tokenizer: TokenizerLike) -> ChatTempla
     `<|im_end|>` stays text.
 
     Raises:
-        ValueError: no template, or one that leaves a response out.
+        ValueError: no template.
+        RefusedChatError: the template refuses these roles or leaves a response out.
     """
+    from jinja2 import TemplateError
+
     if not tokenizer.chat_template:
         raise ValueError(
             "the tokenizer has no chat template; set one (data_prep.tokenizer writes ChatML)"
         )
     messages = [{"role": role, "content": f"\ue000{i}\ue001"} for i, role in enumerate(roles)]
-    rendered: str = tokenizer.apply_chat_template(messages, tokenize=False)
+    try:
+        rendered: str = tokenizer.apply_chat_template(messages, tokenize=False)
+    except TemplateError as error:
+        raise RefusedChatError(f"the chat template refuses roles {list(roles)}: {error}") from error
     parts = _PLACE.split(rendered)
     order = tuple(int(number) for number in parts[1::2])
     missing = [i for i, role in enumerate(roles) if role == "assistant" and order.count(i) != 1]
     if missing:
-        raise ValueError(
+        raise RefusedChatError(
             f"the chat template shows response {missing[0]} of roles {list(roles)} "
             f"{order.count(missing[0])} times, not once; use a plain ChatML template"
         )

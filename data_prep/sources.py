@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.chat import render_chat
+from data_prep.chat import RefusedChatError, render_chat
 from data_prep.config import PrepareConfig, SourceConfig
 from data_prep.demo_chat import DemoChatGenerator
 from data_prep.documents import Document, ReadReport, read_documents
@@ -218,7 +218,7 @@ def build_source(
             source=source.name,
         )
         return GeneratedSource(source, generator, filler, report)
-    encoded = _encode_documents(documents, tokenizer)
+    encoded = _encode_documents(documents, tokenizer, report)
     packed = PackedSource(
         source,
         encoded,
@@ -239,7 +239,7 @@ def stream_seed(seed: int, name: str, split: str) -> int:
 
 
 def _encode_documents(
-    documents: Iterator[Document], tokenizer: TokenizerLike
+    documents: Iterator[Document], tokenizer: TokenizerLike, report: ReadReport
 ) -> Iterator[tuple[str, NDArray[np.int32], NDArray[np.uint8]]]:
     """(id, tokens, loss mask) of each document; plain text ends with the end-of-text token."""
     while batch := list(itertools.islice(documents, _TOKENIZE_BATCH)):
@@ -247,7 +247,12 @@ def _encode_documents(
         rows = iter(encode_text(tokenizer, [document.text for document in plain]))
         for document in batch:
             if document.kind == "chat":
-                tokens, mask = render_chat(document.messages, tokenizer)
+                try:
+                    tokens, mask = render_chat(document.messages, tokenizer)
+                except RefusedChatError as error:
+                    report.num_documents -= 1
+                    report.bad(str(error), document.id)
+                    continue
             else:
                 ids = [*next(rows), end_of_text_id(tokenizer)]
                 tokens = np.asarray(ids, dtype=np.int32)

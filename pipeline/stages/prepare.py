@@ -54,6 +54,7 @@ def _prepare(config: RunConfig, context: StageContext) -> None:
 
 
 def _report(manifest: Manifest, context: StageContext, seconds: float) -> None:
+    context.metrics.truncate_after(-1)
     tokens = 0
     for step, row in enumerate(summary(manifest)):
         tokens += row["num_tokens"]

@@ -260,6 +260,27 @@ def test_chats_that_are_too_long_are_counted(tokenizer: Any, tmp_path: Path) -> 
         assert [n for n in answers if n] == [3, 5, 8]
 
 
+def test_chats_that_the_template_refuses_are_counted(tokenizer_dir: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(tokenizer_dir)
+    tokenizer.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        + tokenizer.chat_template
+    )
+    end = {"role": "assistant", "content": "yes"}
+    chats = [[{"role": role, "content": "Well?"}, end] for role in ("user", "system", "user")]
+    lines = [json.dumps({"id": f"chat{i}", "messages": m}) for i, m in enumerate(chats)]
+    (tmp_path / "c.jsonl").write_text("\n".join(lines), "utf-8")
+    source = SourceConfig(kind="chat_jsonl", path=str(tmp_path / "c.jsonl"))
+    config = PrepareConfig(
+        sources=[source], seq_length=64, eval_fraction=0.0, packing="none", max_bad_fraction=0.5
+    )
+    manifest = prepare_shards(config, tmp_path / "out", tokenizer=tokenizer)
+    assert manifest.num_samples("train") == 2
+    report = manifest.reports["train/chat_jsonl"]
+    assert report["num_bad"] == 1
+    assert report["bad"][0].startswith("chat1: the chat template refuses roles")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
