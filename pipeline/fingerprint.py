@@ -12,7 +12,7 @@ import json
 from typing import Any
 
 from pipeline.config import flatten, split_entry, to_plain
-from pipeline.models import branch_of, lineage
+from pipeline.lineage import branch_of, lineage
 from pipeline.schema import TRAINING_STAGES, RunConfig
 
 _FREE = frozenset(
@@ -40,6 +40,8 @@ def fingerprint(config: RunConfig, entry: str) -> dict[str, Any]:
     chosen["parallel"] = {"dtype": config.parallel.dtype, "device": config.parallel.device}
     if name != "pretrain":
         chosen["mixer"] = {**plain["mixer"], "branch": branch}
+    if name in TRAINING_STAGES and name != "pretrain":
+        chosen["mixer"] = {key: chosen["mixer"][key] for key in ("branch", "memory")}
     chosen["optim"] = plain["optim"]
     if name in TRAINING_STAGES:
         upstream = lineage(config, branch=branch, before=entry)

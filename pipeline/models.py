@@ -1,9 +1,4 @@
-"""Models as the stages need them: the base, its branch, and what earlier stages trained.
-
-The weights of a stage are the base model's with every earlier training stage's newest checkpoint
-laid over them, in the recipe's order. A stage `convert@mamba2` belongs to the branch `mamba2`: only
-stages without a branch of their own (`pretrain`) and those of the same branch come before it.
-"""
+"""Models as the stages need them: the base, its branch, and what earlier stages trained."""
 
 from __future__ import annotations
 
@@ -17,12 +12,15 @@ from allmem_megatron.base_files import TOKENIZER_FILES
 from allmem_megatron.config import BaseModelConfig
 from allmem_megatron.convert import BaseCheckpoint, load_base, load_base_into
 from allmem_megatron.convert import from_hf as from_hf_names
+from allmem_megatron.initialise import memory_from_base
 from allmem_megatron.model import AllMemGPTModel, build_model
 from allmem_megatron.sharding import shard_of
-from pipeline.checkpoint import latest_checkpoint, load_checkpoint
-from pipeline.config import resolve_path, split_entry
+from pipeline.checkpoint import latest_checkpoint, load_checkpoint, refuse_other_config
+from pipeline.config import resolve_path
 from pipeline.context import folder_name
-from pipeline.schema import TRAINING_STAGES, ParallelSettings, RunConfig
+from pipeline.fingerprint import fingerprint
+from pipeline.lineage import lineage
+from pipeline.schema import ParallelSettings, RunConfig
 
 
 def choose_dtype(parallel: ParallelSettings, device: torch.device) -> torch.dtype:
@@ -30,29 +28,6 @@ def choose_dtype(parallel: ParallelSettings, device: torch.device) -> torch.dtyp
     if parallel.dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return torch.bfloat16 if parallel.dtype == "bfloat16" else torch.float32
-
-
-def branch_of(config: RunConfig, entry: str) -> str:
-    """The recurrent branch of an entry: its own, or the recipe's main one."""
-    return split_entry(entry)[1] or config.mixer.branch
-
-
-def lineage(config: RunConfig, *, branch: str, before: str | None = None) -> list[str]:
-    """Training entries whose weights a model of `branch` holds, in order.
-
-    Args:
-        config: gives the recipe's stages and its own branch.
-        branch: `none`, `allmem` or `mamba2`; `none` takes the base model's stages alone.
-        before: stop at this entry; default: all of the recipe.
-    """
-    found = []
-    for entry in config.stages:
-        if entry == before:
-            break
-        name, _ = split_entry(entry)
-        if name == "pretrain" or (name in TRAINING_STAGES and branch_of(config, entry) == branch):
-            found.append(entry)
-    return found
 
 
 def open_base(config: RunConfig) -> BaseCheckpoint | None:
@@ -87,7 +62,7 @@ def load_model(
         before: the entry that asks; stages from it on are left out. Default: all stages count.
 
     Raises:
-        ValueError: a stage before has no checkpoint yet, or sizes do not fit.
+        ValueError: a stage before has no checkpoint yet, or one of another configuration.
     """
     base = open_base(config)
     sizes = config.model.scratch if base is None else base.config
@@ -110,7 +85,12 @@ def load_model(
                 f"stage {entry} has no checkpoint in {run_dir}; run it first: "
                 f"stage={entry} recipe={config.recipe} run.dir={run_dir}"
             )
-        load_weights(model, load_checkpoint(path, with_optimizer=False).model)
+        saved = load_checkpoint(path, with_optimizer=False)
+        if "config" in saved.state:
+            refuse_other_config(path, saved.state["config"], fingerprint(config, entry))
+        load_weights(model, saved.model)
+        if entry == "pretrain" and branch != "none" and config.mixer.memory.init_from_base:
+            memory_from_base(model)
     return model.to(device)
 
 

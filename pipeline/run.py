@@ -124,8 +124,8 @@ def _run_stage(config: RunConfig, entry: str, run_dir: Path, ranks: Any) -> None
     from pipeline.context import StageContext, folder_name
     from pipeline.distributed import on_main
     from pipeline.fingerprint import digest, fingerprint
+    from pipeline.lineage import branch_of
     from pipeline.metrics_log import MetricsLog
-    from pipeline.models import branch_of
     from pipeline.tracking import track
 
     name, _ = split_entry(entry)

@@ -1,0 +1,88 @@
+"""Two ranks equal one: losses, checkpoints, and going on with another number of ranks."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.run import main
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def folders(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_overrides: list[str],
+    environment: dict[str, str],
+) -> tuple[Path, Path, list[str]]:
+    """One rank alone; two ranks until step 4, then one rank for the rest."""
+    folder = tmp_path_factory.mktemp("ranks")
+    words = [
+        *tiny_overrides,
+        "stage=all",
+        "stages=[prepare,pretrain,convert]",
+        "parallel.timeout_s=60",
+    ]
+    one, two = folder / "one", folder / "two"
+    assert main([*words, f"run.dir={one}"]) == 0
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [sys.executable, *launch, "-m", "pipeline.run", *words, f"run.dir={two}"],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    return one, two, words
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "convert"])
+def test_two_ranks_have_the_losses_of_one(
+    folders: tuple[Path, Path, list[str]],
+    stage: str,
+    metrics_of: Callable[[Path], list[dict[str, Any]]],
+):
+    one, two, _ = folders
+    for mine, theirs in zip(metrics_of(one / stage), metrics_of(two / stage), strict=True):
+        for key in ("step", "tokens", "loss_tokens", "train/lr"):
+            assert mine[key] == theirs[key]
+        for key in ("train/loss", "train/grad_norm"):
+            assert mine[key] == pytest.approx(theirs[key], rel=2e-3, abs=1e-7)
+
+
+def test_a_checkpoint_of_two_ranks_goes_on_with_one(
+    folders: tuple[Path, Path, list[str]],
+    metrics_of: Callable[[Path], list[dict[str, Any]]],
+):
+    import shutil
+
+    one, two, words = folders
+    stage = two / "pretrain"
+    wanted = metrics_of(one / "pretrain")
+    shutil.rmtree(stage / "checkpoints" / "step_00000008")
+    (stage / "DONE.json").unlink()
+    words = [*words, f"run.dir={two}", "stage=pretrain"]
+    assert main(words) == 0
+    got = metrics_of(stage)
+    assert [line["step"] for line in got] == [line["step"] for line in wanted]
+    assert got[-1]["train/loss"] == pytest.approx(wanted[-1]["train/loss"], rel=2e-4)
+
+
+def test_a_batch_that_does_not_split_is_refused(
+    folders: tuple[Path, Path, list[str]], environment: dict[str, str], tmp_path: Path
+):
+    from pipeline.train_loop import _split_over_ranks
+    from pipeline.train_schema import TrainSettings
+
+    with pytest.raises(ValueError, match=r"batch_size=3 does not split over 2 ranks; set"):
+        _split_over_ranks("convert", TrainSettings(batch_size=3), 2)
+    with pytest.raises(ValueError, match=r"micro_batch_size=4 does not divide the 2"):
+        _split_over_ranks("convert", TrainSettings(batch_size=4, micro_batch_size=4), 2)

@@ -1,0 +1,141 @@
+"""The whole chain on the tiny recipe: every stage, every file that other programs rely on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.config import compose
+from pipeline.context import folder_name
+from pipeline.run import main
+from pipeline.schema import TRAINING_STAGES
+
+CONTRACT = {"step", "tokens", "train/loss", "train/grad_norm", "train/lr", "tokens_per_s"}
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory, tiny_overrides: list[str]) -> list[str]:
+    """A finished run of all stages of the tiny recipe, as the words that made it."""
+    folder = tmp_path_factory.mktemp("chain")
+    words = [*tiny_overrides, "stage=all", f"run.dir={folder}", "eval.kinds=[text]"]
+    assert main([*words, "eval.timing_repeats=0"]) == 0
+    return words
+
+
+@pytest.fixture(scope="module")
+def run_dir(words: list[str]) -> Path:
+    return Path(compose(words).run.dir)
+
+
+def test_every_stage_is_marked_done(run_dir: Path, words: list[str]):
+    for entry in compose(words).stages:
+        mark = json.loads((run_dir / folder_name(entry) / "DONE.json").read_text())
+        assert mark["stage"] == entry
+
+
+@pytest.mark.parametrize("folder", [*TRAINING_STAGES, "convert_mamba2"])
+def test_training_stages_report_what_the_contract_says(
+    run_dir: Path, folder: str, metrics_of: Callable[[Path], list[dict[str, Any]]]
+):
+    lines = metrics_of(run_dir / folder)
+    assert all(set(line) >= CONTRACT for line in lines)
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    assert list((run_dir / folder / "checkpoints").glob("step_*"))
+    if folder != "pretrain":
+        assert lines[-1]["memory/alpha_abs/mean"] > 0
+    if folder.startswith("convert"):
+        assert {"train/kl", "train/ce"} <= set(lines[-1])
+
+
+def test_alignment_starts_at_the_whole_lack_and_lowers_it(
+    run_dir: Path, metrics_of: Callable[[Path], list[dict[str, Any]]]
+):
+    lines = metrics_of(run_dir / "align")
+    assert lines[0]["train/loss"] == pytest.approx(1.0, abs=1e-5)  # alpha is 0: nothing is filled
+    assert lines[-1]["train/loss"] < lines[0]["train/loss"]
+
+
+def test_results_and_export_are_there(run_dir: Path):
+    results = json.loads((run_dir / "evaluate" / "results.json").read_text())
+    assert set(results["mixers"]) == {"full", "swa", "mamba2", "allmem"}
+    assert set(results["controls"]) == {"memory_off", "write_off", "state_shuffled"}
+    exported = json.loads((run_dir / "export" / "config.json").read_text())
+    assert exported["auto_map"]["AutoModelForCausalLM"]
+    assert (run_dir / "export" / "tokenizer.json").is_file()
+
+
+def test_export_with_another_window_replaces_the_folder(run_dir: Path, words: list[str]):
+    again = [*words, "eval.timing_repeats=0", "stage=export"]
+    for num_sinks in (3, 2):
+        assert main([*again, f"mixer.num_sinks={num_sinks}"]) == 0
+        exported = json.loads((run_dir / "export" / "config.json").read_text())
+        assert exported["num_sinks"] == num_sinks
+
+
+def test_export_of_weights_of_another_configuration_is_refused(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+):
+    assert main([*words, "stage=export", "convert.lr=0.5"]) == 2
+    assert "convert.lr=0.003, this run has convert.lr=0.5" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("more", ["parallel.dtype=bfloat16", "parallel.zero_stage=0"])
+def test_other_types_and_zero_stages_run_and_resume(
+    tmp_path: Path,
+    run_dir: Path,
+    tiny_overrides: list[str],
+    more: str,
+    metrics_of: Callable[[Path], list[dict[str, Any]]],
+):
+    import shutil
+
+    (tmp_path / "prepare").symlink_to(run_dir / "prepare")
+    words = [*tiny_overrides, "stages=[prepare,pretrain,convert]", f"run.dir={tmp_path}", more]
+    for stage in ("pretrain", "convert"):
+        assert main([*words, f"stage={stage}"]) == 0
+        whole = metrics_of(tmp_path / stage)
+        shutil.rmtree(tmp_path / stage / "checkpoints" / "step_00000008")
+        (tmp_path / stage / "DONE.json").unlink()
+        assert main([*words, f"stage={stage}"]) == 0
+        again = metrics_of(tmp_path / stage)
+        assert [line["train/loss"] for line in again] == [line["train/loss"] for line in whole]
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("stage=convert", ["is missing; run stage=prepare first"]),
+        ("model.scratch.vocab_size=100", ["the model's vocab_size is 100", "data.tokenizer"]),
+        ("pretrain.seq_length=65", ["pretrain.seq_length=65 exceeds the shards' 64 tokens"]),
+        ("model.scratch.max_position_embeddings=32", ["max_position_embeddings=32", "seq_length"]),
+        ("parallel.device=cuda", ["sees no CUDA device", "parallel.device=cpu"]),
+        ("model.scratch.family=gpt2", ["family 'gpt2' is not supported", "qwen3"]),
+    ],
+)
+def test_bad_input_is_one_line(
+    tmp_path: Path,
+    run_dir: Path,
+    tiny_overrides: list[str],
+    override: str,
+    parts: list[str],
+    capsys: pytest.CaptureFixture[str],
+):
+    import torch
+
+    if override == "parallel.device=cuda" and torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    if override == "stage=convert":
+        words = [*tiny_overrides, "stages=[prepare,pretrain,convert]", "stage=pretrain"]
+    else:
+        (tmp_path / "prepare").symlink_to(run_dir / "prepare")
+        words = [*tiny_overrides, "stage=pretrain", override]
+    assert main([*words, f"run.dir={tmp_path}"]) == 2
+    errors = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error:")]
+    assert len(errors) == 1
+    for part in parts:
+        assert part in errors[0]
+    assert not list(tmp_path.glob("pretrain/checkpoints/step_*"))
