@@ -210,7 +210,11 @@ class MemoryConfig:
     decay: float = 0.0
     """Share of the normalised weights forgotten at each write; 0: off, as in the paper."""
     init_from_base: bool = False
-    """Start memory q, k, v from the base model's projections instead of at random."""
+    """Start the branch's q, k, v and output projections, and its q and k norms, from the base
+    model's attention instead of at random."""
+    gate_up_std: float | None = None
+    """Standard deviation of the initial gate and up matrices; None: 1/sqrt(d_h), as in the paper's
+    neighbours. Keys have length 1, so it is also the standard deviation of what the SiLU sees."""
     state_size: int | None = None
     """Mamba-2 only: N, columns of a head's state; None: the head width d_h."""
 
@@ -235,6 +239,8 @@ class MemoryConfig:
             positive("memory", clip=self.clip)
         if self.state_size is not None:
             positive("memory", state_size=self.state_size)
+        if self.gate_up_std is not None:
+            positive("memory", gate_up_std=self.gate_up_std)
 
     def heads(self, base: BaseModelConfig) -> int:
         """n for this base model. Raises: ValueError when n does not divide memory_size."""

@@ -254,7 +254,7 @@ def _refuse_unused(
 def load_base_into(model: AllMemGPTModel, checkpoint: BaseCheckpoint) -> None:
     """Puts a pretrained base model's weights into `model`; the branch stays as it was drawn.
 
-    With `memory.init_from_base` the branch's q, k and v projections start from these weights.
+    With `memory.init_from_base` the branch starts from these weights (see `memory_from_base`).
 
     Raises:
         ValueError: the checkpoint is of another configuration than the model.

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 _ONES = re.compile(r"norm\.weight$|layernorm\.weight$|d_skip$")
 _BRANCH_QKV = re.compile(r"\.memory\.[qkv]_proj\.weight$")
+_FROM_BASE = re.compile(r"\.memory\.([qkvo]_proj|[qk]_norm)\.weight$")
+_GATE_UP = re.compile(r"\.memory\.fast_(gate|up)$")
 _ZEROS = re.compile(r"(q|k|v)_proj\.bias$|(mu|gate)_proj\.bias$|alpha$")
 
 
@@ -92,6 +94,8 @@ def _draw(
         taps = torch.zeros(shape)
         taps[:, -1] = 1.0
         return taps
+    if memory.gate_up_std is not None and _GATE_UP.search(name):
+        return normal(memory.gate_up_std)
     if _BRANCH_QKV.search(name) or ".memory.fast_" in name:
         return normal(1 / math.sqrt(shape[-1]))
     if name.endswith("eta_proj.bias"):
@@ -108,41 +112,63 @@ def _draw(
 
 
 def memory_from_base(model: AllMemGPTModel) -> None:
-    """Starts the branch's q, k and v projections from the model's own attention projections.
+    """Starts the branch's projections and q/k norms from the model's own attention.
 
-    Memory head j takes rows of key-value head g = j * n_kv // n: from k_proj and v_proj as they
-    are, from q_proj as the mean over g's query heads. Heads that share g take consecutive rows;
-    rows start again where a head is narrower than they are.
+    Memory head j serves key-value head g = j * n_kv // n. It takes g's rows of k_proj and v_proj as
+    they are; from q_proj those of one of g's query heads where several memory heads share g (each
+    the next one), else the mean over g's query heads; and o_proj's columns likewise (their sum in
+    place of the mean: one value feeds them all). Rows start again where a head is narrower than
+    the memory's. With unit keys and no positions the memory then associates what attention
+    matches by content; measured in docs/decisions.md.
 
     Raises:
         ValueError: the model has no branch.
     """
     if model.memory_config is None:
         raise ValueError("branch='none' has no memory to start; build the model with a branch")
-    base = model.base_config
+    base, memory = model.base_config, model.memory_config
     weights = model_to_hf(model)
-    changed = {n: t for n, t in weights.items() if ".memory." in n}
-    for name in list(changed):
-        if re.search(r"\.memory\.[qkv]_proj\.weight$", name):
-            source = weights[name.replace(".memory.", ".self_attn.")]
-            rows = memory_rows(source, base, changed[name].shape[0], model.memory_config)
-            changed[name] = rows.to(changed[name].dtype)
-    load_hf_tensors(model, changed, part="memory")
+    branch = {name: value for name, value in weights.items() if ".memory." in name}
+    for name, value in branch.items():
+        source = weights.get(name.replace(".memory.", ".self_attn."))
+        if _FROM_BASE.search(name) and source is not None:  # only qwen3 has q/k norms
+            branch[name] = _from_base(name, source, value.shape, base, memory).to(value.dtype)
+    load_hf_tensors(model, branch, part="memory")
+
+
+def _from_base(
+    name: str, source: Tensor, shape: torch.Size, base: BaseModelConfig, memory: MemoryConfig
+) -> Tensor:
+    if ".o_proj." in name:
+        return memory_rows(source.T, base, shape[1], memory, merge="sum").T.contiguous()
+    if "_norm." in name:
+        return source[torch.arange(shape[0], device=source.device) % base.head_dim]
+    return memory_rows(source, base, shape[0], memory, merge="mean")
 
 
 def memory_rows(
-    source: Tensor, base: BaseModelConfig, num_rows: int, memory: MemoryConfig
+    source: Tensor, base: BaseModelConfig, num_rows: int, memory: MemoryConfig, *, merge: str
 ) -> Tensor:
-    """`num_rows` rows for a memory projection out of the base's q, k or v projection."""
+    """Rows for a memory projection out of the base's q, k, v (or transposed o) projection.
+
+    Args:
+        source: [heads * head_dim, D]; the heads of one key-value group are consecutive.
+        base: the base model's sizes.
+        num_rows: rows wanted, the same number for each memory head.
+        memory: the memory's sizes.
+        merge: "mean" or "sum" over a group's heads where one memory head serves them all.
+    """
     n = memory.heads(base)
     width = num_rows // n
-    per_head = source.reshape(base.num_kv_heads, -1, base.head_dim, source.shape[-1]).mean(1)
+    grouped = source.reshape(base.num_kv_heads, -1, base.head_dim, source.shape[-1])
+    index = torch.arange(width, device=source.device) % base.head_dim
     heads = []
-    taken: dict[int, int] = {}
     for j in range(n):
-        group = j * base.num_kv_heads // n
-        start = taken.get(group, 0)
-        taken[group] = start + width
-        index = (torch.arange(width) + start) % base.head_dim
-        heads.append(per_head[group, index.to(source.device)])
+        group = grouped[j * base.num_kv_heads // n]  # [heads of the group, head_dim, D]
+        shared = -(-n // base.num_kv_heads)
+        if shared > 1:
+            rows = group[j % shared % group.shape[0]]
+        else:
+            rows = group.mean(0) if merge == "mean" else group.sum(0)
+        heads.append(rows[index])
     return torch.cat(heads)

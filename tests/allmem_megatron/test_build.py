@@ -105,28 +105,67 @@ def test_base_weights_left_out_are_nan_until_loaded(hf_model, hf_tensors):
     assert not any(p.isnan().any() for p in model.parameters())
 
 
-@pytest.mark.parametrize(("n", "d_h"), [(2, 4), (2, 12), (1, 8), (4, 8)])
-def test_memory_can_start_from_the_base(n, d_h, hf_model, ours):
-    """head_dim 8, 2 key-value heads, 3 queries to each."""
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize(("n", "d_h"), [(2, 4), (2, 12), (1, 8), (4, 8), (6, 8)])
+def test_memory_can_start_from_the_base(n, d_h, family, hf_model, ours):
+    """2 key-value heads, 3 queries to each."""
     memory = MemoryConfig(memory_size=n * d_h, num_heads=n)
-    model = ours(hf_model("llama"), branch="allmem", memory=memory)
+    model = ours(hf_model(family), branch="allmem", memory=memory)
+    with torch.no_grad():
+        for name, parameter in model.base_parameters():
+            if "q_layernorm" in name or "k_layernorm" in name:
+                parameter.uniform_(0.5, 1.5)
+    width = model.base_config.head_dim
     before = model_to_hf(model)
     memory_from_base(model)
     after = model_to_hf(model)
     self_attn, start = "model.layers.1.self_attn.", "model.layers.1.memory."
-    for letter in "qkv":
-        heads = before[f"{self_attn}{letter}_proj.weight"].view(2, -1, 8, 48).mean(1)
-        got = after[f"{start}{letter}_proj.weight"].view(n, d_h, 48)
-        seen = {0: 0, 1: 0}
-        for j in range(n):
-            group = j * 2 // n
-            for row in range(d_h):
-                wanted = heads[group, (seen[group] + row) % 8]
-                torch.testing.assert_close(got[j, row], wanted)
-            seen[group] += d_h
-    assert torch.equal(after[start + "o_proj.weight"], before[start + "o_proj.weight"])
+    got = {x: after[f"{start}{x}_proj.weight"].view(n, d_h, 48) for x in "qkv"}
+    got["o"] = after[f"{start}o_proj.weight"].T.reshape(n, d_h, 48)
+    base = {x: before[f"{self_attn}{x}_proj.weight"] for x in "qkv"}
+    base["o"] = before[f"{self_attn}o_proj.weight"].T
+    in_group = {0: 0, 1: 0}
+    for j in range(n):
+        group = j * 2 // n
+        for row in range(d_h):
+            for x in "kv":
+                torch.testing.assert_close(
+                    got[x][j, row], base[x].view(2, width, 48)[group, row % width]
+                )
+            queries = base["q"].view(2, 3, width, 48)[group, :, row % width]
+            outputs = base["o"].reshape(2, 3, width, 48)[group, :, row % width]
+            if n > 2:  # several memory heads share the group: each takes another query head
+                torch.testing.assert_close(got["q"][j, row], queries[in_group[group]])
+                torch.testing.assert_close(got["o"][j, row], outputs[in_group[group]])
+            else:
+                torch.testing.assert_close(got["q"][j, row], queries.mean(0))
+                torch.testing.assert_close(got["o"][j, row], outputs.sum(0))
+        in_group[group] += 1
+    for x in "qk":
+        norm = before.get(f"{self_attn}{x}_norm.weight", torch.ones(width))
+        torch.testing.assert_close(
+            after[f"{start}{x}_norm.weight"], norm[torch.arange(d_h) % width]
+        )
+    for name in ("o_norm.weight", "fast_gate", "alpha", "eta_proj.bias"):
+        assert torch.equal(after[start + name], before[start + name])
     with pytest.raises(ValueError, match="no memory to start"):
-        memory_from_base(ours(hf_model("llama")))
+        memory_from_base(ours(hf_model(family)))
+
+
+def test_gate_and_up_can_start_wider():
+    base = BaseModelConfig(
+        family="llama", hidden_size=32, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=16,
+        intermediate_size=32, vocab_size=64,
+    )  # fmt: skip
+    memory = MemoryConfig(memory_size=64, gate_up_std=3.0)
+    wide = model_to_hf(build_model(base, branch="allmem", memory=memory))
+    plain = model_to_hf(build_model(base, branch="allmem", memory=MemoryConfig(memory_size=64)))
+    start = "model.layers.0.memory."
+    for name in ("fast_gate", "fast_up"):
+        torch.testing.assert_close(wide[start + name], plain[start + name] * 3.0 * 32**0.5)
+    assert torch.equal(wide[start + "fast_down"], plain[start + "fast_down"])
+    with pytest.raises(ValueError, match="gate_up_std"):
+        MemoryConfig(gate_up_std=0.0)
 
 
 def test_init_from_base_happens_on_loading(tmp_path, hf_model):
