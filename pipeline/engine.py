@@ -96,10 +96,15 @@ class Engine:
             num_micro_batches: forward passes of an optimizer step on this rank.
 
         Raises:
-            ValueError: nothing is trained.
+            ValueError: nothing is trained, or stage 0 with bfloat16.
         """
         if not trained:
             raise ValueError("no parameter is trained; check the stage's branch and sft.train")
+        if zero_stage == 0 and dtype != torch.float32:
+            raise ValueError(
+                f"parallel.zero_stage=0 keeps no float32 weights beside {dtype}; "
+                "set parallel.zero_stage=1 or parallel.dtype=float32"
+            )
         self.ranks = ranks
         self.objective = objective
         self._trained = dict(trained)
@@ -206,21 +211,19 @@ class Engine:
     def weights(self) -> dict[str, Tensor]:
         """Full float32 trained weights by parameter name; every rank must call it."""
         if not self._zero_stage:
-            return {name: p.detach().float() for name, p in self._trained.items()}
-        return {name: safe_get_full_fp32_param(p) for name, p in self._trained.items()}
+            return {name: p.detach() for name, p in self._trained.items()}
+        return {name: safe_get_full_fp32_param(p).cpu() for name, p in self._trained.items()}
 
     def moments(self) -> dict[str, dict[str, Tensor]]:
         """Full float32 `exp_avg` and `exp_avg_sq` by parameter name; every rank must call it."""
+        return {moment: self._moment(moment) for moment in MOMENTS}
+
+    def _moment(self, moment: str) -> dict[str, Tensor]:
         if not self._zero_stage:
-            return {
-                moment: {name: self._adamw.state[p][moment] for name, p in self._trained.items()}
-                for moment in MOMENTS
-            }
+            return {name: self._adamw.state[p][moment] for name, p in self._trained.items()}
         return {
-            moment: {
-                name: safe_get_full_optimizer_state(p, moment) for name, p in self._trained.items()
-            }
-            for moment in MOMENTS
+            name: safe_get_full_optimizer_state(p, moment).cpu()
+            for name, p in self._trained.items()
         }
 
     def load(

@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import importlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -58,7 +59,9 @@ def _report(error: BaseException, debug: bool) -> int:
         traceback.print_exception(error)
     line = " ".join(str(error).split()) or type(error).__name__
     hint = "" if debug else " (run.debug=true shows where)"
-    print(f"error: {line}{hint}", file=sys.stderr)
+    rank = os.environ.get("RANK", "0")
+    where = "" if rank == "0" else f" on rank {rank}"
+    print(f"error{where}: {line}{hint}", file=sys.stderr)
     return EXIT_USER_ERROR
 
 
@@ -85,7 +88,8 @@ def _run(config: RunConfig) -> int:
             for entry in config.stages if wanted == "all" else (wanted,):
                 _run_stage(config, entry, run_dir, ranks)
     except StopRequested as stop:
-        print(stop, file=sys.stderr)
+        if ranks.is_main:
+            print(stop, file=sys.stderr)
         return EXIT_STOPPED
     except MainRankFailedError:
         return EXIT_USER_ERROR  # rank 0 prints the reason
@@ -119,7 +123,7 @@ def _only_user(run_dir: Path) -> Iterator[None]:
 
 
 def _run_stage(config: RunConfig, entry: str, run_dir: Path, ranks: Any) -> None:
-    from pipeline.checkpoint import write_json
+    from pipeline.checkpoint import remove_unfinished, write_json
     from pipeline.console import Reporter
     from pipeline.context import StageContext, folder_name
     from pipeline.distributed import on_main
@@ -146,6 +150,9 @@ def _run_stage(config: RunConfig, entry: str, run_dir: Path, ranks: Any) -> None
         context.say(f"{entry}: already complete ({done})")
         with track(config, context, resume_only=True):
             return
+    if ranks.is_main:
+        for place in (run_dir, run_dir / "configs", folder):
+            remove_unfinished(place)
     on_main(
         ranks, lambda: write_json(run_dir / "configs" / f"{folder.name}.json", to_plain(config))
     )

@@ -32,6 +32,7 @@ from pipeline.console import Advance
 from pipeline.context import StageContext
 from pipeline.distributed import barrier, on_main, seed_everything, sum_over_ranks
 from pipeline.engine import MOMENTS, Engine
+from pipeline.flops import step_flops
 from pipeline.models import choose_dtype, parts_for
 from pipeline.objectives import Objective
 from pipeline.schedule import step_seed, wsd_lr
@@ -88,6 +89,8 @@ class _Trainer:
             dp_size=context.ranks.world_size,
             weights=plan.settings.weights or None,
         )
+        self.length = self.settings.seq_length or self.loader.manifest.seq_length
+        self.trains_base = any(".memory." not in name for name in plan.trained)
         self._check_length()
         self.engine = Engine(
             plan.objective,
@@ -104,7 +107,7 @@ class _Trainer:
 
     def _check_length(self) -> None:
         """Refuse sequences beyond the positions that the base model knows."""
-        length = self.settings.seq_length or self.loader.manifest.seq_length
+        length = self.length
         most = self.model.base_config.max_position_embeddings
         if length > most:
             raise ValueError(
@@ -158,16 +161,19 @@ class _Trainer:
     def _loop(self, advance: Advance) -> None:
         batches = iter(self.loader)
         steps, log_every = self.settings.steps, self.settings.log_every
-        last_time, last_tokens, lines = time.perf_counter(), self.tokens, 0
+        last_time, last_tokens, lines, flops = time.perf_counter(), self.tokens, 0, 0.0
         while self.step < steps:
             lr = wsd_lr(self.step, self.settings)
             seed_everything(step_seed(self.config.run.seed, self.step, self.context.ranks.rank))
             micro_batches = self._micro_batches(next(batches))
-            with self.plan.objective.active(self.plan.mixer_of_step(self.step)):
+            mixer = self.plan.mixer_of_step(self.step)
+            with self.plan.objective.active(mixer):
                 result = self.engine.train_step(micro_batches, lr=lr)
+            num_tokens = sum(b.tokens.numel() for b in micro_batches) * self._world
             self.step += 1
-            self.tokens += sum(b.tokens.numel() for b in micro_batches) * self._world
+            self.tokens += num_tokens
             self.loss_tokens += result.loss_tokens
+            flops += self._flops(mixer, num_tokens, result.loss_tokens)
             if self.step % log_every == 0 or self.step == steps:
                 now = time.perf_counter()
                 values: dict[str, Any] = {
@@ -177,6 +183,7 @@ class _Trainer:
                     "train/grad_norm": result.grad_norm,
                     "train/lr": lr,
                     "tokens_per_s": (self.tokens - last_tokens) / (now - last_time),
+                    "flops_per_s": flops / (now - last_time),
                     **result.metrics,
                 }
                 if lines % MEMORY_STATISTICS_EVERY == 0 or self.step == steps:
@@ -186,7 +193,7 @@ class _Trainer:
                 self.context.log(self.step, values)
                 note = f"loss {result.loss:.4f}  {values['tokens_per_s']:.0f} tokens/s"
                 advance(self.step, note)
-                last_time, last_tokens = now, self.tokens
+                last_time, last_tokens, flops = now, self.tokens, 0.0
             stop = self._must_stop()
             if self.step % self.settings.checkpoint_every == 0 or self.step == steps or stop:
                 before = time.perf_counter()
@@ -196,6 +203,18 @@ class _Trainer:
                 raise StopRequested(
                     f"{self.context.entry} stopped after step {self.step}; the same command goes on"
                 )
+
+    def _flops(self, mixer: MixerSettings, num_tokens: int, loss_tokens: int) -> float:
+        return step_flops(
+            self.context.name,
+            self.model.base_config,
+            self.model.memory_config,
+            mixer,
+            length=self.length,
+            num_tokens=num_tokens,
+            loss_tokens=loss_tokens,
+            trains_base=self.trains_base,
+        )
 
     @property
     def _world(self) -> int:

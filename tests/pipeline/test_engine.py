@@ -156,3 +156,17 @@ def test_nothing_to_train_is_refused(ranks: Ranks):
             micro_batch_size=1,
             num_micro_batches=1,
         )
+
+
+def test_bfloat16_needs_zero_for_its_float32_weights(ranks: Ranks):
+    with pytest.raises(ValueError, match=r"parallel\.zero_stage=0 keeps no float32 weights"):
+        Engine(
+            Regression(),  # type: ignore[arg-type]
+            Regression().trained(),
+            ranks=ranks,
+            optim=OPTIM,
+            zero_stage=0,
+            dtype=torch.bfloat16,
+            micro_batch_size=1,
+            num_micro_batches=1,
+        )

@@ -105,6 +105,28 @@ def test_other_types_and_zero_stages_run_and_resume(
         assert [line["train/loss"] for line in again] == [line["train/loss"] for line in whole]
 
 
+def test_packed_documents_train(
+    tmp_path: Path, tiny_overrides: list[str], metrics_of: Callable[[Path], list[dict[str, Any]]]
+):
+    words = [
+        *(word for word in tiny_overrides if not word.startswith("data.sources")),
+        f"run.dir={tmp_path}",
+        "stages=[prepare,pretrain,convert]",
+        "data.packing=best_fit",
+        "data.sources=[{kind: python_packages, name: code, packages: [yaml], eval_packages: [rich],"
+        " max_characters: 60000}]",
+        "pretrain.steps=2",
+        "convert.steps=2",
+        "pretrain.seq_length=48",
+    ]
+    for stage in ("prepare", "pretrain", "convert"):
+        assert main([*words, f"stage={stage}"]) == 0
+    manifest = json.loads((tmp_path / "prepare" / "manifest.json").read_text())
+    assert manifest["seq_length"] == 64
+    assert metrics_of(tmp_path / "pretrain")[-1]["tokens"] == 2 * 4 * 48
+    assert len(metrics_of(tmp_path / "convert")) == 2
+
+
 @pytest.mark.parametrize(
     ("override", "parts"),
     [
