@@ -76,7 +76,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         _flush(path.parent)
     except (OSError, safetensors.SafetensorError) as error:
         remove(temporary)
-        raise _full_disk(error, path) from error
+        raise disk_error(error, path) from error
 
 
 def _flush(path: Path) -> None:
@@ -88,8 +88,8 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-def _full_disk(error: Exception, path: Path) -> OSError:
-    """The same error with the path and a mend in its text."""
+def disk_error(error: Exception, path: Path) -> OSError:
+    """The same error with the path and a mend in its text; a full disk is named as such."""
     text = str(error)
     number = error.errno if isinstance(error, OSError) else None
     number = number or (errno.ENOSPC if "No space left" in text or "os error 28" in text else None)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from io import FileIO
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from pipeline.checkpoint import write_atomically
+from pipeline.checkpoint import disk_error, write_atomically
 
 
 def read_lines(path: Path, start: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -34,7 +35,7 @@ class MetricsLog:
         """Args: path: the file; enabled: whether this rank writes."""
         self.path = path
         self._enabled = enabled
-        self._file: TextIO | None = None
+        self._file: FileIO | None = None
 
     def truncate_after(self, step: int) -> None:
         """Drop lines of steps after `step`, which a resumed run will write again."""
@@ -53,11 +54,15 @@ class MetricsLog:
         """
         if not self._enabled:
             return
-        if self._file is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("a", encoding="utf-8")
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        line = (json.dumps({"step": step, **values}) + "\n").encode()
+        try:
+            if self._file is None:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = self.path.open("ab", buffering=0)
+            while line:
+                line = line[self._file.write(line) :]
+        except OSError as error:
+            raise disk_error(error, self.path) from error
 
     def close(self) -> None:
         """Close the file; a later `write` opens it again."""

@@ -23,6 +23,7 @@ from pipeline.checkpoint import (
     save_checkpoint,
     write_json,
 )
+from pipeline.metrics_log import MetricsLog, read_lines
 from pipeline.run import main
 
 
@@ -147,6 +148,22 @@ def test_no_checkpoint_is_unpickled():
     source = Path(str(module.__file__)).read_text()
     assert "torch.load" not in source
     assert "pickle" not in source.replace("unpickled", "")
+
+
+def test_metrics_on_a_full_disk_are_one_clear_error(tmp_path: Path):
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+
+    def write_many() -> None:
+        for step in range(1, 100):
+            log.write(step, {"train/loss": 1.0})
+
+    with largest_file(100), pytest.raises(OSError, match=r"while saving .*metrics\.jsonl.*free"):
+        write_many()
+    log.close()
+    whole = list(read_lines(tmp_path / "metrics.jsonl"))
+    assert 0 < len(whole) < 100
+    log.truncate_after(2)
+    assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 2
 
 
 def test_run_reports_a_full_disk_in_one_line(
