@@ -14,7 +14,7 @@ from typing import Any, Literal
 from data_prep.words import RECALL_KEYS
 
 Layout = Literal["far", "mixed", "dense"]
-SOURCE_KINDS = ("text", "jsonl", "chat_jsonl", "python_packages", "recall", "demo_chat")
+SOURCE_KINDS = ("text", "jsonl", "chat_jsonl", "python_packages", "recall", "demo_chat", "repeats")
 FILLER_KINDS = ("text", "jsonl", "python_packages")
 FILE_ORDERS = ("hashed", "sorted")
 PACKINGS = ("best_fit", "none")
@@ -46,6 +46,8 @@ class RecallConfig:
     """`mixed`: share of the tokens that is filler; the rest are facts and questions."""
     dense_facts: tuple[int, int] = (4, 16)
     """`dense`: pairs in the dictionary."""
+    repeat_length: tuple[int, int] = (4, 20)
+    """`repeats` sources: tokens of the segment that is said again and again."""
     far_weight: float = 1.0
     mixed_weight: float = 0.0
     dense_weight: float = 0.0
@@ -59,6 +61,7 @@ class RecallConfig:
         _check_range("num_facts", self.num_facts, 1, len(RECALL_KEYS))
         _check_range("num_queries", self.num_queries, 1, len(RECALL_KEYS))
         _check_range("dense_facts", self.dense_facts, 1, len(RECALL_KEYS))
+        _check_range("repeat_length", self.repeat_length, 1, 2**20)
         _check_range("filler_fraction", self.filler_fraction, 0.0, 0.95)
         for name in ("fact_region", "query_region"):
             if not 0.0 < getattr(self, name) <= 1.0:
@@ -83,7 +86,8 @@ class SourceConfig:
 
     kind: str = "text"
     """`text` (.txt, .md, .py … files), `jsonl`, `chat_jsonl` (records with `messages`),
-    `python_packages` (.py files of installed packages), `recall`, `demo_chat` (both generated)."""
+    `python_packages` (.py files of installed packages), `recall`, `demo_chat`, `repeats` (all
+    three generated)."""
     name: str = ""
     """Name in the manifest and for mixture weights; the kind where empty."""
     path: str | None = None
@@ -109,6 +113,8 @@ class SourceConfig:
     """`jsonl`: the field that holds a name; the line number serves where it is missing."""
     weight: float = 1.0
     """Share of the split's samples where their number is given."""
+    eval_weight: float | None = None
+    """The same for the eval split; None: as `weight`, 0: none of this source."""
     max_documents: int | None = None
     """Read no more documents than this (for each split)."""
     max_characters: int | None = None
@@ -136,6 +142,10 @@ class SourceConfig:
             )
         if self.weight <= 0:
             raise ValueError(f"source {self.name}: weight={self.weight} must be above 0")
+        if self.eval_weight is not None and self.eval_weight < 0:
+            raise ValueError(
+                f"source {self.name}: eval_weight={self.eval_weight} must not be negative"
+            )
         for name in ("max_documents", "max_characters", "max_filler_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -144,13 +154,13 @@ class SourceConfig:
     @property
     def generated(self) -> bool:
         """Whether documents are made up by number rather than read."""
-        return self.kind in ("recall", "demo_chat")
+        return self.kind in ("recall", "demo_chat", "repeats")
 
     @property
     def sample_kind(self) -> str:
-        """`text`, `recall` or `chat`, as samples name it."""
-        if self.kind == "recall":
-            return "recall"
+        """`text`, `recall`, `repeat` or `chat`, as samples name it."""
+        if self.kind in ("recall", "repeats"):
+            return self.kind.removesuffix("s")
         return "chat" if self.kind in ("chat_jsonl", "demo_chat") else "text"
 
 

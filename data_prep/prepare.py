@@ -222,7 +222,13 @@ def share_samples(config: PrepareConfig, split: str) -> list[int | None]:
                     f"source {source.name} is generated without end; set data.{split}_samples"
                 )
         return [None] * len(config.sources)
-    weights = np.asarray([s.weight for s in config.sources], dtype=np.float64)
+    shares = [
+        source.weight if split == "train" or source.eval_weight is None else source.eval_weight
+        for source in config.sources
+    ]
+    if not any(shares):
+        raise ValueError("eval_weight is 0 for every source; leave it out for one of them")
+    weights = np.asarray(shares, dtype=np.float64)
     exact = wanted * weights / weights.sum()
     counts = np.floor(exact).astype(int)
     # Largest remainders first; ties by position.

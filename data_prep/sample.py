@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-KINDS = ("text", "recall", "chat")
+KINDS = ("text", "recall", "repeat", "chat")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,5 +45,5 @@ class Sample:
 
     @property
     def kind(self) -> str:
-        """`text`, `recall` or `chat`."""
+        """`text`, `recall`, `repeat` or `chat`."""
         return str(self.meta["kind"])

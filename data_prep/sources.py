@@ -17,6 +17,7 @@ from data_prep.documents import Document, ReadReport, read_documents
 from data_prep.filler import FillerBank
 from data_prep.pack import Piece, build_sample, pack_documents
 from data_prep.recall import RecallGenerator
+from data_prep.repeats import RepeatGenerator
 from data_prep.sample import Sample
 from data_prep.tokenize import TokenizerLike, encode_text, end_of_text_id, pad_token_id
 
@@ -58,6 +59,13 @@ class SampleSource(Protocol):
     def sample(self, index: int) -> Sample:
         """Sample number `index`, the same at every call."""
         ...
+
+
+_MAKERS: dict[str, type[RecallGenerator] | type[DemoChatGenerator] | type[RepeatGenerator]] = {
+    "recall": RecallGenerator,
+    "demo_chat": DemoChatGenerator,
+    "repeats": RepeatGenerator,
+}
 
 
 class PackedSource:
@@ -156,7 +164,7 @@ class GeneratedSource:
     def __init__(
         self,
         config: SourceConfig,
-        generator: RecallGenerator | DemoChatGenerator,
+        generator: RecallGenerator | DemoChatGenerator | RepeatGenerator,
         filler: FillerBank,
         report: ReadReport,
     ) -> None:
@@ -208,8 +216,7 @@ def build_source(
             report.check(source.name, config.max_bad_fraction)
             fillers[key] = (bank, report)
         filler, report = fillers[key]
-        maker = RecallGenerator if source.kind == "recall" else DemoChatGenerator
-        generator = maker(
+        generator = _MAKERS[source.kind](
             source.recall,
             tokenizer,
             filler,

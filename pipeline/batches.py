@@ -5,12 +5,14 @@ Shape letters: `B` sequences, `T` tokens of a sequence, `N` packed documents.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from data_prep.loader import Batch
+from pipeline.train_schema import TrainSettings
 
 
 def target_mask(loss_mask: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
@@ -58,6 +60,52 @@ class MicroBatch(NamedTuple):
             self.targets.to(device, non_blocking=True),
             None if borders is None else borders.to(device, non_blocking=True),
         )
+
+
+class RankSplit(NamedTuple):
+    """How a rank goes through its share of a step's sequences."""
+
+    micro_batch_size: int
+    """Sequences of one forward pass."""
+    num_micro_batches: int
+    """Forward passes of a step, the same in all phases."""
+
+
+def split_over_ranks(
+    stage: str, phases: Sequence[TrainSettings], world_size: int
+) -> list[RankSplit]:
+    """Sequences per forward pass of one rank, for each phase of a stage.
+
+    Raises:
+        ValueError: a batch does not split over the ranks or into as many passes as the first
+            phase's.
+    """
+    splits: list[RankSplit] = []
+    for settings in phases:
+        per_rank, rest = divmod(settings.batch_size, world_size)
+        if rest:
+            raise ValueError(
+                f"{stage}.batch_size={settings.batch_size} does not split over {world_size} ranks; "
+                f"set {stage}.batch_size={(per_rank + 1) * world_size}"
+            )
+        if splits:
+            passes = splits[0].num_micro_batches
+            if per_rank % passes:
+                raise ValueError(
+                    f"{stage}.phases: batch_size={settings.batch_size} leaves a rank {per_rank} "
+                    f"sequences, which do not split into the {passes} passes of the first phase; "
+                    f"set it to a multiple of {passes * world_size}"
+                )
+            splits.append(RankSplit(per_rank // passes, passes))
+            continue
+        micro = settings.micro_batch_size or per_rank
+        if per_rank % micro:
+            raise ValueError(
+                f"{stage}.micro_batch_size={micro} does not divide the {per_rank} sequences of a "
+                f"rank; set {stage}.micro_batch_size=1 or a divisor of {per_rank}"
+            )
+        splits.append(RankSplit(micro, per_rank // micro))
+    return splits
 
 
 def split_batch(

@@ -43,10 +43,12 @@ def draw_mixer(step: int, settings: RandomMixerSettings, *, seed: int, mode: str
 
     Args:
         step: the optimizer step; the same step draws the same values on every rank.
-        settings: ranges, and the number that W and c are multiples of.
+        settings: ranges, by phase where there are phases, and the number that W and c are
+            multiples of.
         seed: the run's seed.
         mode: mode of the mixer, `allmem`, `mamba2` or `align`.
     """
+    settings = settings.of_phase(settings.phase_at(step))
     source = random.Random(f"mixer {seed} {step}")
     num_sinks = source.randint(*settings.sink_range)
     window = _multiple(source, *settings.window_range, settings.multiple_of)
@@ -57,6 +59,11 @@ def draw_mixer(step: int, settings: RandomMixerSettings, *, seed: int, mode: str
 
 def _multiple(source: random.Random, low: int, high: int, step: int) -> int:
     return source.randint(-(-low // step), high // step) * step
+
+
+def phase_seed(seed: int, phase: int) -> int:
+    """Seed of a phase's order of samples; the run's own for the first."""
+    return seed if phase == 0 else random.Random(f"phase {seed} {phase}").randrange(2**32)
 
 
 def step_seed(seed: int, step: int, rank: int = 0) -> int:

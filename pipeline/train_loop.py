@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from allmem_megatron.config import MixerSettings
 from allmem_megatron.convert import model_to_hf
 from data_prep.loader import Batch, ShardLoader
-from pipeline.batches import MicroBatch, split_batch
+from pipeline.batches import MicroBatch, split_batch, split_over_ranks
 from pipeline.checkpoint import (
     Checkpoint,
     latest_checkpoint,
@@ -35,7 +35,7 @@ from pipeline.engine import MOMENTS, Engine
 from pipeline.flops import step_flops
 from pipeline.models import choose_dtype, parts_for
 from pipeline.objectives import Objective
-from pipeline.schedule import step_seed, wsd_lr
+from pipeline.schedule import phase_seed, step_seed, wsd_lr
 from pipeline.schema import RunConfig
 from pipeline.train_schema import TrainSettings
 
@@ -78,20 +78,12 @@ class _Trainer:
         self.settings = plan.settings
         self.model = plan.objective.model
         self.folder = context.dir / "checkpoints"
-        per_rank, micro = _split_over_ranks(context.name, plan.settings, context.ranks.world_size)
-        self.micro = micro
-        self.loader = ShardLoader(
-            context.data_dir,
-            split="train",
-            batch_size=per_rank,
-            seed=config.run.seed,
-            dp_rank=context.ranks.rank,
-            dp_size=context.ranks.world_size,
-            weights=plan.settings.weights or None,
-        )
-        self.length = self.settings.seq_length or self.loader.manifest.seq_length
+        settings, world_size = plan.settings, context.ranks.world_size
+        self.phases = [settings.of_phase(i) for i in range(max(len(settings.phases), 1))]
+        self.splits = split_over_ranks(context.name, self.phases, world_size)
+        self._enter_phase(settings.phase_at(0))
         self.trains_base = any(".memory." not in name for name in plan.trained)
-        self._check_length()
+        self._check_lengths()
         self.engine = Engine(
             plan.objective,
             plan.trained,
@@ -99,16 +91,34 @@ class _Trainer:
             optim=config.optim,
             zero_stage=config.parallel.zero_stage,
             dtype=choose_dtype(config.parallel, context.device),
-            micro_batch_size=micro,
-            num_micro_batches=per_rank // micro,
+            micro_batch_size=self.splits[0].micro_batch_size,
+            num_micro_batches=self.splits[0].num_micro_batches,
         )
         self.step = self.tokens = self.loss_tokens = 0
         self.stop = False
 
-    def _check_length(self) -> None:
+    def _enter_phase(self, number: int) -> None:
+        """Load what phase `number` trains on, from its first sample on."""
+        self.phase = number
+        settings, split = self.phases[number], self.splits[number]
+        self.loader = ShardLoader(
+            self.context.data_dir,
+            split="train",
+            batch_size=split.micro_batch_size * split.num_micro_batches,
+            seed=phase_seed(self.config.run.seed, number),
+            dp_rank=self.context.ranks.rank,
+            dp_size=self.context.ranks.world_size,
+            weights=settings.weights or None,
+        )
+        self.length = settings.seq_length or self.loader.manifest.seq_length
+
+    def _check_lengths(self) -> None:
         """Refuse sequences beyond the positions that the base model knows."""
-        length = self.length
-        most = self.model.base_config.max_position_embeddings
+        stored, most = (
+            self.loader.manifest.seq_length,
+            self.model.base_config.max_position_embeddings,
+        )
+        length = max(settings.seq_length or stored for settings in self.phases)
         if length > most:
             raise ValueError(
                 f"{self.context.name} would train on {length} tokens but the base model has "
@@ -156,16 +166,18 @@ class _Trainer:
         self.step = saved.step
         self.tokens = int(saved.state["tokens"])
         self.loss_tokens = int(saved.state["loss_tokens"])
+        self._enter_phase(int(saved.state["phase"]))
         self.loader.load_state_dict(saved.state["loader"])
 
     def _loop(self, advance: Advance) -> None:
-        batches = iter(self.loader)
         steps, log_every = self.settings.steps, self.settings.log_every
         last_time, last_tokens, lines, flops = time.perf_counter(), self.tokens, 0, 0.0
         while self.step < steps:
+            if (phase := self.settings.phase_at(self.step)) != self.phase:
+                self._enter_phase(phase)
             lr = wsd_lr(self.step, self.settings)
             seed_everything(step_seed(self.config.run.seed, self.step, self.context.ranks.rank))
-            micro_batches = self._micro_batches(next(batches))
+            micro_batches = self._micro_batches(next(self.loader))
             mixer = self.plan.mixer_of_step(self.step)
             with self.plan.objective.active(mixer):
                 result = self.engine.train_step(micro_batches, lr=lr)
@@ -227,7 +239,12 @@ class _Trainer:
                 f"the shards hold token {largest}, the model's vocab_size is {vocab_size}; set "
                 "data.tokenizer to the model's own and prepare again"
             )
-        split = split_batch(batch, self.micro, self.settings.seq_length, self.context.name)
+        split = split_batch(
+            batch,
+            self.splits[self.phase].micro_batch_size,
+            self.phases[self.phase].seq_length,
+            self.context.name,
+        )
         return [part.to(self.context.device) for part in split]
 
     def _save(self) -> None:
@@ -239,6 +256,7 @@ class _Trainer:
         state = {
             "tokens": self.tokens,
             "loss_tokens": self.loss_tokens,
+            "phase": self.phase,
             "loader": self.loader.state_dict(),
             "config": dict(self.context.fingerprint),
             "commit": self.context.commit,
@@ -266,27 +284,6 @@ class _Trainer:
         if self._world == 1:
             return self.stop
         return sum_over_ranks([float(self.stop)], self.context.device)[0] > 0
-
-
-def _split_over_ranks(name: str, settings: TrainSettings, world_size: int) -> tuple[int, int]:
-    """Sequences per step and per forward pass of one rank.
-
-    Raises:
-        ValueError: the batch does not split.
-    """
-    per_rank, rest = divmod(settings.batch_size, world_size)
-    if rest:
-        raise ValueError(
-            f"{name}.batch_size={settings.batch_size} does not split over {world_size} ranks; "
-            f"set {name}.batch_size={(per_rank + 1) * world_size}"
-        )
-    micro = settings.micro_batch_size or per_rank
-    if per_rank % micro:
-        raise ValueError(
-            f"{name}.micro_batch_size={micro} does not divide the {per_rank} sequences of a rank; "
-            f"set {name}.micro_batch_size=1 or a divisor of {per_rank}"
-        )
-    return per_rank, micro
 
 
 @contextlib.contextmanager

@@ -5,8 +5,8 @@ Every field is documented under it; `python -m pipeline.run --help SECTION` prin
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, Self
 
 
 def at_least(section: str, values: dict[str, float], minimum: float) -> None:
@@ -26,6 +26,37 @@ def fractions(section: str, values: dict[str, float]) -> None:
             raise ValueError(
                 f"{section}.{name}={value} must lie in [0, 1]; set {section}.{name}=0.1 for a tenth"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhaseSettings:
+    """A part of a stage's steps with settings of its own; what is not set is the stage's."""
+
+    fraction: float
+    """Share of the stage's steps."""
+
+    batch_size: int | None = None
+    """Sequences of one step, over all ranks."""
+
+    seq_length: int | None = None
+    """Tokens of a sequence."""
+
+    weights: dict[str, float] | None = None
+    """Share of each source or kind."""
+
+    sink_range: tuple[int, int] | None = None
+    """Least and greatest s."""
+
+    window_range: tuple[int, int] | None = None
+    """Least and greatest W."""
+
+    chunk_range: tuple[int, int] | None = None
+    """Least and greatest c."""
+
+    def overrides(self) -> dict[str, Any]:
+        """What this phase sets, by the name of the stage's field."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "fraction"}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +106,10 @@ class TrainSettings:
     logits_elements: int = 2**24
     """Logits held at once by the loss, tokens times vocabulary; bounds its memory."""
 
+    phases: tuple[PhaseSettings, ...] = ()
+    """Parts of the stage one after the other, each with its data and lengths (a curriculum); the
+    learning rate's schedule runs over all of them. Their fractions sum to 1."""
+
     def __post_init__(self) -> None:
         """Check counts and fractions.
 
@@ -107,11 +142,49 @@ class TrainSettings:
                 f"{section}.batch_size={self.batch_size} is not a multiple of micro_batch_size="
                 f"{micro}; set {section}.batch_size={-(-self.batch_size // micro) * micro}"
             )
+        for number in range(len(self.phases)):
+            self.of_phase(number)  # its checks name what does not fit
+        if self.phases and abs(sum(phase.fraction for phase in self.phases) - 1.0) > 1e-6:
+            given = [phase.fraction for phase in self.phases]
+            raise ValueError(
+                f"{section}.phases have the fractions {given}, which sum to {sum(given):g}; "
+                "make them sum to 1"
+            )
         for source, share in self.weights.items():
             if share < 0:
                 raise ValueError(
                     f"{section}.weights.{source}={share} must not be negative; set it to 0 or more"
                 )
+
+    def of_phase(self, number: int) -> Self:
+        """The stage's settings with what phase `number` sets; without phases they are its only one.
+
+        Raises:
+            ValueError: a share that is not positive, a setting that this stage lacks, or one that
+                does not fit the others.
+        """
+        if not self.phases:
+            return self
+        section, phase = SECTION_OF[type(self)], self.phases[number]
+        if not 0.0 < phase.fraction <= 1.0:
+            raise ValueError(
+                f"{section}.phases[{number}].fraction={phase.fraction} must lie in (0, 1]"
+            )
+        changes = phase.overrides()
+        if unknown := sorted(set(changes) - {field.name for field in fields(self)}):
+            raise ValueError(
+                f"{section}.phases[{number}].{unknown[0]} has no meaning in {section}; remove it"
+            )
+        return replace(self, **changes, phases=())
+
+    def phase_at(self, step: int) -> int:
+        """Number of the phase that step (0 for the first) belongs to."""
+        end = 0.0
+        for number, phase in enumerate(self.phases[:-1]):
+            end += phase.fraction
+            if step < round(end * self.steps):
+                return number
+        return max(len(self.phases) - 1, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
