@@ -15,13 +15,26 @@ from pipeline.run import main
 ROOT = Path(__file__).resolve().parents[2]
 
 
+def on_two_ranks(words: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """Call the command line under torchrun."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    return subprocess.run(
+        [sys.executable, *launch, "-m", "pipeline.run", *words],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+
+
 @pytest.fixture(scope="module")
 def folders(
     tmp_path_factory: pytest.TempPathFactory,
     tiny_overrides: list[str],
     environment: dict[str, str],
 ) -> tuple[Path, Path, list[str]]:
-    """One rank alone; two ranks until step 4, then one rank for the rest."""
+    """The same run by one rank and by two."""
     folder = tmp_path_factory.mktemp("ranks")
     words = [
         *tiny_overrides,
@@ -31,15 +44,7 @@ def folders(
     ]
     one, two = folder / "one", folder / "two"
     assert main([*words, f"run.dir={one}"]) == 0
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [sys.executable, *launch, "-m", "pipeline.run", *words, f"run.dir={two}"],
-        env=environment,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    done = on_two_ranks([*words, f"run.dir={two}"], environment)
     assert done.returncode == 0, done.stderr
     return one, two, words
 
@@ -79,10 +84,10 @@ def test_a_checkpoint_of_two_ranks_goes_on_with_one(
 def test_a_batch_that_does_not_split_is_refused(
     folders: tuple[Path, Path, list[str]], environment: dict[str, str], tmp_path: Path
 ):
-    from pipeline.train_loop import _split_over_ranks
-    from pipeline.train_schema import TrainSettings
-
-    with pytest.raises(ValueError, match=r"batch_size=3 does not split over 2 ranks; set"):
-        _split_over_ranks("convert", TrainSettings(batch_size=3), 2)
-    with pytest.raises(ValueError, match=r"micro_batch_size=4 does not divide the 2"):
-        _split_over_ranks("convert", TrainSettings(batch_size=4, micro_batch_size=4), 2)
+    one, _, words = folders
+    (tmp_path / "prepare").symlink_to(one / "prepare")
+    words = [*words, f"run.dir={tmp_path}", "stage=pretrain", "pretrain.batch_size=3"]
+    done = on_two_ranks(words, environment)
+    assert done.returncode != 0
+    assert "error: pretrain.batch_size=3 does not split over 2 ranks; set" in done.stderr
+    assert not (tmp_path / "pretrain" / "DONE.json").exists()
