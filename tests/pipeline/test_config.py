@@ -72,19 +72,34 @@ MISTAKES = {
     "convert.weights=3": ("must be a section", "convert.weights"),
     "convert.lr=1,2": ("is a sweep", "one value"),
     "convert.steps": ("is not KEY=VALUE", "did you mean convert.steps?"),
-    "mixer.chunk_size=300": ("mixer.chunk_size=300 exceeds", "set mixer.chunk_size=128 or less"),
+    "mixer.chunk_size=300 ; mixer.window_size=128": (
+        "mixer.chunk_size=300 exceeds",
+        "set mixer.chunk_size=128 or less",
+    ),
     "convert.steps=0": ("convert.steps=0 must be at least 1", "set convert.steps=1"),
     "convert.lr=0": ("convert.lr=0.0 must be positive", "set convert.lr"),
     "convert.warmup_fraction=1.5": ("must lie in [0, 1]", "convert.warmup_fraction=1.5"),
-    "convert.decay_fraction=0.95": ("exceeds 1", "set convert.decay_fraction=0.9 or less"),
-    "convert.micro_batch_size=3": ("is not a multiple of micro_batch_size=3", "set convert.batch"),
-    "convert.chunk_range=[512,512]": ("but c <= W must hold", "set convert.chunk_range="),
+    "convert.decay_fraction=0.95 ; convert.warmup_fraction=0.1": (
+        "exceeds 1",
+        "set convert.decay_fraction=0.9 or less",
+    ),
+    "convert.micro_batch_size=3 ; convert.batch_size=8": (
+        "is not a multiple of micro_batch_size=3",
+        "set convert.batch",
+    ),
+    "convert.chunk_range=[512,512] ; convert.window_range=[64,256]": (
+        "but c <= W must hold",
+        "set convert.chunk_range=",
+    ),
     "convert.sink_range=[8,0]": ("must rise", "set convert.sink_range=[8,8]"),
-    "convert.multiple_of=1000": ("holds no multiple", "multiple_of=1"),
+    "convert.multiple_of=1000 ; convert.window_range=[64,256]": (
+        "holds no multiple",
+        "multiple_of=1",
+    ),
     "convert.weights.text=-1": ("must not be negative", "convert.weights.text"),
-    "convert.kl_weight=0": ("both 0", "set convert.kl_weight=1"),
+    "convert.kl_weight=0 ; convert.ce_weight=0": ("both 0", "set convert.kl_weight=1"),
     "parallel.zero_stage=3": ("parallel.zero_stage=3", "set parallel.zero_stage=2"),
-    "model=tiny": ("no pretrain", "stages"),
+    "model=tiny ; stages=[prepare,convert]": ("no pretrain", "stages"),
     "model.path=null": ("neither of path and scratch", "set exactly one"),
     "stages=[prepare,convrt]": ("stage=convrt is unknown", "did you mean convert?"),
     "data.sources=[{kind: recal}]": ("recal", "recall"),
@@ -97,7 +112,8 @@ MISTAKES = {
 
 @pytest.mark.parametrize("override", MISTAKES)
 def test_mistake_is_one_line_that_names_the_mend(override: str, capsys: pytest.CaptureFixture[str]):
-    words = ["recipe=demo", override] if not override.startswith("recipe") else [override]
+    changes = override.split(" ; ")
+    words = changes if override.startswith("recipe") else ["recipe=demo", *changes]
     assert main(words) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1
