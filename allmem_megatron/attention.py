@@ -74,11 +74,6 @@ class TokenMixer(MegatronModule):
             if pg_collection is not None
             else parallel_state.get_tensor_model_parallel_group()
         )
-        if base.num_kv_heads % group.size():
-            raise ValueError(
-                f"tp={group.size()} does not divide num_kv_heads={base.num_kv_heads};"
-                " set parallel.tp to a divisor"
-            )
         self.layer_number = layer_number
         self.tp_group = group
         self.head_dim = base.head_dim

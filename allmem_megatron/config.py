@@ -10,6 +10,9 @@ MODES = ("full", "swa", "mamba2", "allmem", "align")
 BRANCHES = ("none", "allmem", "mamba2")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
+_MEMORY = "mixer.memory."
+"""Before the names of MemoryConfig's fields in messages: where a configuration has them."""
+
 _ARCHITECTURES = {
     "qwen3": "Qwen3ForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
@@ -20,11 +23,11 @@ _DEFAULT_NUM_KV_HEADS = {"qwen3": 32, "qwen2": 32, "llama": None}
 _DEFAULT_MAX_POSITIONS = {"qwen3": 32768, "qwen2": 32768, "llama": 2048}
 
 
-def positive(owner: str, **values: float) -> None:
-    """Refuses values that are not above zero. Raises: ValueError naming `owner` and the key."""
+def positive(prefix: str, **values: float) -> None:
+    """Refuses values that are not above zero. Raises: ValueError naming `prefix` and the key."""
     for name, value in values.items():
         if value <= 0:
-            raise ValueError(f"{owner}: {name}={value} must be positive; set it above 0")
+            raise ValueError(f"{prefix}{name}={value} must be positive; set it above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +61,7 @@ class BaseModelConfig:
                 f"model family {self.family!r} is not supported; use one of {', '.join(FAMILIES)}"
             )
         positive(
-            "base model",
+            "base model: ",
             hidden_size=self.hidden_size,
             num_layers=self.num_layers,
             num_heads=self.num_heads,
@@ -220,7 +223,7 @@ class MemoryConfig:
 
     def __post_init__(self) -> None:
         positive(
-            "memory",
+            _MEMORY,
             memory_size=self.memory_size,
             conv_kernel=self.conv_kernel,
             expansion=self.expansion,
@@ -228,19 +231,21 @@ class MemoryConfig:
         )
         if self.conv_kernel != 4:
             raise ValueError(
-                f"conv_kernel={self.conv_kernel} is not supported: the decode state keeps 3 tokens;"
-                " set memory.conv_kernel to 4"
+                f"{_MEMORY}conv_kernel={self.conv_kernel} is not supported: the decode state keeps"
+                f" 3 tokens; set {_MEMORY}conv_kernel to 4"
             )
         if not 0 <= self.decay < 1:
-            raise ValueError(f"decay={self.decay} is not a share; set memory.decay in [0, 1)")
+            raise ValueError(
+                f"{_MEMORY}decay={self.decay} is not a share; set {_MEMORY}decay in [0, 1)"
+            )
         if self.num_heads is not None:
-            positive("memory", num_heads=self.num_heads)
+            positive(_MEMORY, num_heads=self.num_heads)
         if self.clip is not None:
-            positive("memory", clip=self.clip)
+            positive(_MEMORY, clip=self.clip)
         if self.state_size is not None:
-            positive("memory", state_size=self.state_size)
+            positive(_MEMORY, state_size=self.state_size)
         if self.gate_up_std is not None:
-            positive("memory", gate_up_std=self.gate_up_std)
+            positive(_MEMORY, gate_up_std=self.gate_up_std)
 
     def heads(self, base: BaseModelConfig) -> int:
         """n for this base model. Raises: ValueError when n does not divide memory_size."""
@@ -249,8 +254,8 @@ class MemoryConfig:
             step = 16 * n if self.memory_size >= 16 * n else n  # head widths that hardware likes
             nearest = round(self.memory_size / step) * step or n
             raise ValueError(
-                f"memory_size={self.memory_size} is not a multiple of its {n} heads;"
-                f" set memory.memory_size to {nearest} or memory.num_heads to a divisor"
+                f"{_MEMORY}memory_size={self.memory_size} is not a multiple of its {n} heads;"
+                f" set {_MEMORY}memory_size to {nearest} or {_MEMORY}num_heads to a divisor"
             )
         return n
 
@@ -281,11 +286,12 @@ class MixerSettings:
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise ValueError(f"mode={self.mode!r} is not known; use one of {', '.join(MODES)}")
-        positive("mixer", window_size=self.window_size, chunk_size=self.chunk_size)
+        positive("mixer.", window_size=self.window_size, chunk_size=self.chunk_size)
         if self.num_sinks < 0:
-            raise ValueError(f"num_sinks={self.num_sinks} is negative; set it to 0 or more")
+            raise ValueError(f"mixer.num_sinks={self.num_sinks} is negative; set it to 0 or more")
         if self.mode in ("allmem", "align", "mamba2") and self.chunk_size > self.window_size:
             raise ValueError(
-                f"chunk_size={self.chunk_size} > window_size={self.window_size}: tokens would fall"
-                f" between window and memory; set mixer.chunk_size to at most {self.window_size}"
+                f"mixer.chunk_size={self.chunk_size} > window_size={self.window_size}: tokens would"
+                f" fall between window and memory; set mixer.chunk_size to at most"
+                f" {self.window_size}"
             )

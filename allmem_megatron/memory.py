@@ -41,11 +41,6 @@ class BranchBase(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         num_heads = memory.heads(base)
-        if num_heads % tp_group.size():
-            raise ValueError(
-                f"tp={tp_group.size()} does not divide the {num_heads} memory heads;"
-                " set parallel.tp to a divisor or memory.num_heads to a multiple"
-            )
         self.tp_group = tp_group
         self.eps = base.rms_norm_eps
         self.num_heads = num_heads // tp_group.size()  # on this rank

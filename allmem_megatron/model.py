@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -228,6 +229,26 @@ def _check_bounds(cu_seqlens: Tensor, batch: int, num_tokens: int) -> None:
         )
 
 
+def check_sizes(base: BaseModelConfig, memory: MemoryConfig | None, *, tp: int = 1) -> None:
+    """Refuses sizes that do not fit each other or the tensor-parallel ranks.
+
+    Raises: ValueError naming the size, and the number of ranks that would do.
+    """
+    parts = {
+        "vocab_size": base.vocab_size,
+        "num_kv_heads": base.num_kv_heads,
+        "intermediate_size": base.intermediate_size,
+    }
+    if memory is not None:
+        parts["mixer.memory.num_heads"] = memory.heads(base)
+    for name, size in parts.items():
+        if size % tp:
+            raise ValueError(
+                f"{name}={size} does not split over tp={tp} ranks; call"
+                f" init_model_parallel(tp={math.gcd(size, tp)}), or with another divisor of it"
+            )
+
+
 def build_model(
     base: BaseModelConfig,
     *,
@@ -266,12 +287,9 @@ def build_model(
         raise ValueError(f"branch={branch!r} is not known; use one of {', '.join(BRANCHES)}")
     ensure_model_parallel()
     tp = parallel_state.get_tensor_model_parallel_world_size()
-    if base.vocab_size % tp:
-        raise ValueError(
-            f"vocab_size={base.vocab_size} is not a multiple of tp={tp}; set parallel.tp to a"
-            " divisor"
-        )
     memory = None if branch == "none" else memory or MemoryConfig()
+    # here, for core adds the names of its classes to what a layer's constructor raises
+    check_sizes(base, memory, tp=tp)
     with torch.device("meta") if meta else contextlib.nullcontext():
         model = AllMemGPTModel(
             base,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 
 import torch
@@ -27,7 +28,9 @@ def init_model_parallel(tp: int = 1, cp: int = 1, *, seed: int = 1234) -> None:
         ValueError: tp does not divide the world, cp > 1, or other sizes were set before.
     """
     if cp != 1:
-        raise ValueError(f"cp={cp}: context parallelism is not built yet; set parallel.cp to 1")
+        raise ValueError(
+            f"cp={cp}: context parallelism is not built yet; call init_model_parallel(cp=1)"
+        )
     install_cpu_stand_ins()
     if parallel_state.model_parallel_is_initialized():
         current = parallel_state.get_tensor_model_parallel_world_size()
@@ -42,7 +45,8 @@ def init_model_parallel(tp: int = 1, cp: int = 1, *, seed: int = 1234) -> None:
     world = dist.get_world_size()
     if world % tp:
         raise ValueError(
-            f"tp={tp} does not divide the {world} ranks; set parallel.tp to a divisor of {world}"
+            f"tp={tp} does not divide the {world} ranks; call"
+            f" init_model_parallel(tp={math.gcd(tp, world)}) or start a multiple of {tp} ranks"
         )
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tp, context_parallel_size=cp

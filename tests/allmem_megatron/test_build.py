@@ -11,7 +11,8 @@ import torch
 from allmem_megatron.config import BaseModelConfig, MemoryConfig, MixerSettings
 from allmem_megatron.convert import from_hf, load_base, load_hf_tensors, model_to_hf, save_hf_dir
 from allmem_megatron.initialise import generator_for, memory_from_base
-from allmem_megatron.model import build_model
+from allmem_megatron.model import build_model, check_sizes
+from allmem_megatron.parallel import init_model_parallel
 
 QWEN3_06B = {
     "model_type": "qwen3",
@@ -209,12 +210,27 @@ def test_bad_settings_are_refused(hf_config):
     base = BaseModelConfig.from_hf(hf_config("llama", False))
     with pytest.raises(ValueError, match="branch='ttt' is not known"):
         build_model(base, branch="ttt")
-    with pytest.raises(ValueError, match=r"multiple of its 3 heads; set memory.memory_size to 528"):
+    with pytest.raises(ValueError, match=r"3 heads; set mixer.memory.memory_size to 528 or .*$"):
         build_model(base, branch="allmem", memory=MemoryConfig(num_heads=3))
-    with pytest.raises(ValueError, match="not a multiple of its 3 heads"):
-        build_model(base, branch="allmem", memory=MemoryConfig(memory_size=64, num_heads=3))
-    with pytest.raises(ValueError, match="eta_init=0"):
-        MemoryConfig(eta_init=0)
+    with pytest.raises(
+        ValueError, match=r"mixer\.memory\.memory_size=64 is not .* its 3 heads"
+    ) as e:
+        build_model(base, branch="mamba2", memory=MemoryConfig(memory_size=64, num_heads=3))
+    assert str(e.value).endswith("a divisor")  # core's own words do not follow the mend
+    for field, value in (("eta_init", 0), ("conv_kernel", 3), ("decay", 1.0), ("clip", -1.0)):
+        with pytest.raises(ValueError, match=rf"^mixer\.memory\.{field}={value}"):
+            MemoryConfig(**{field: value})
+
+
+def test_ranks_that_do_not_fit_are_refused_by_the_call_that_sets_them(hf_config):
+    base = BaseModelConfig.from_hf(hf_config("llama", False))
+    for memory, name in ((None, "num_kv_heads=2"), (MemoryConfig(num_heads=8), "num_kv_heads=2")):
+        with pytest.raises(ValueError, match=rf"{name} .* tp=4 ranks; call init_.*\(tp=2\)"):
+            check_sizes(base, memory, tp=4)
+    with pytest.raises(ValueError, match=r"memory.num_heads=1 does not .* init_.*\(tp=1\)"):
+        check_sizes(base, MemoryConfig(num_heads=1), tp=2)
+    with pytest.raises(ValueError, match=r"cp=2: .* call init_model_parallel\(cp=1\)"):
+        init_model_parallel(cp=2)
 
 
 def test_tensors_that_do_not_fit_are_refused(hf_model, hf_tensors, ours):
