@@ -23,6 +23,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from allmem_megatron.config import BaseModelConfig
 from pipeline.schema import BRANCHES, STAGES, RunConfig
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
@@ -32,16 +33,61 @@ CONFIG_DIR = PROJECT_ROOT / "configs"
 """The YAML files of Hydra."""
 
 
-def nearest(word: str, known: Sequence[str], *, how_many: int = 3) -> str:
+ALIASES: dict[str, tuple[str, ...]] = {
+    "learning_rate": ("lr",),
+    "epochs": ("steps",),
+    "max_steps": ("steps",),
+    "iterations": ("steps",),
+    "batch": ("batch_size",),
+    "max_length": ("seq_length",),
+    "context_length": ("seq_length",),
+    "warmup": ("warmup_fraction",),
+    "warmup_steps": ("warmup_fraction",),
+    "warmup_ratio": ("warmup_fraction",),
+    "decay_steps": ("decay_fraction",),
+    "window": ("window_size", "window_range"),
+    "window_size": ("window_range",),
+    "chunk": ("chunk_size", "chunk_range"),
+    "chunk_size": ("chunk_range",),
+    "sinks": ("num_sinks", "sink_range"),
+    "num_sinks": ("sink_range",),
+    "heads": ("num_heads",),
+    "max_grad_norm": ("grad_clip",),
+    "save_steps": ("checkpoint_every",),
+    "gradient_checkpointing": ("recompute",),
+    "output_dir": ("dir",),
+}
+"""What settings are called elsewhere, and what they, or the nearest to them, are called here."""
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
     """`; did you mean X?` for a misspelt word, or the list of all where none is near."""
-    same_end = [key for key in known if key.endswith("." + word.rsplit(".", 1)[-1])]
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    if same_end and (not close or "." not in word):
-        return f"; did you mean {' or '.join(same_end[: 2 * how_many])}?"
-    if close:
-        return f"; did you mean {close[0]}?"
-    shown = ", ".join(known) if len(known) <= 12 else ", ".join(known[: how_many * 4]) + ", …"
-    return f"; known: {shown}"
+    if found := _near(word, known):
+        return f"; did you mean {' or '.join(found)}?"
+    section = word.rpartition(".")[0] + "."
+    shown = [key for key in known if key.startswith(section)]
+    shown = shown or [key for key in known if "." not in key]
+    more = ", …" if len(shown) > 24 else ""
+    return f"; known: {', '.join(shown[:24])}{more}"
+
+
+def _near(word: str, known: Sequence[str]) -> list[str]:
+    """Known words that `word` may have been meant for; a key's section is taken as meant."""
+    section, dot, name = word.rpartition(".")
+    names = (name, *ALIASES.get(name, ()))
+    if found := [key for key in (section + dot + other for other in names) if key in known]:
+        return found[:1]
+    elsewhere = [key for key in known if key.endswith(tuple("." + other for other in names))]
+    if deeper := [key for key in elsewhere if dot and key.startswith(section + dot)]:
+        return deeper
+    inside = {key[len(section + dot) :]: key for key in known if key.startswith(section + dot)}
+    if inside:
+        close = difflib.get_close_matches(name, inside, n=1, cutoff=0.75)
+        return [inside[key] for key in close] or elsewhere[:6]
+    by_section = {key.rpartition(".")[0]: key for key in elsewhere}
+    close = difflib.get_close_matches(section, by_section, n=1, cutoff=0.7)
+    close = [by_section[key] for key in close]
+    return close or elsewhere[:6] or difflib.get_close_matches(word, known, n=1, cutoff=0.75)
 
 
 def groups() -> dict[str, list[str]]:
@@ -188,6 +234,15 @@ def _check_together(config: RunConfig) -> None:
             "model.scratch starts from random weights but the recipe's stages have no pretrain; "
             "put pretrain first in stages or set model.path"
         )
+    if config.model.scratch is not None:
+        check_memory(config, config.model.scratch)
+
+
+def check_memory(config: RunConfig, base: BaseModelConfig) -> None:
+    """Refuse a memory whose heads do not fit this base model, where a stage trains one."""
+    names = {split_entry(entry)[0] for entry in config.stages}
+    if names & {"align", "convert", "sft"}:
+        config.mixer.memory.heads(base)
 
 
 # --- plain values → dataclasses -------------------------------------------------------------------
