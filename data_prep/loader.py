@@ -75,6 +75,7 @@ class ShardLoader:
             (tensor or context parallel) pass the same number.
         dp_size: number of data-parallel ranks.
         kinds: take only these kinds (`text`, `recall`, `chat`); all where None.
+        weights_key: what messages call `weights`, such as the setting that it comes from.
         weights: share of the samples by source name, or by kind where no source has the name;
             sources without a weight are left out. None: all samples, each once per epoch.
         epochs: stop after so many passes (not together with weights); the last step may be smaller,
@@ -97,6 +98,7 @@ class ShardLoader:
         dp_size: int = 1,
         kinds: Sequence[str] | None = None,
         weights: Mapping[str, float] | None = None,
+        weights_key: str = "weights",
         epochs: int | None = None,
         shuffle: bool = True,
         verify: bool = True,
@@ -123,7 +125,7 @@ class ShardLoader:
                 f"no {split} samples of kinds {list(kinds) if kinds else 'any'} in {self.folder}; "
                 f"it holds {sorted({r.kind for r in self.manifest.splits.get(split, ())})}"
             )
-        self._pools = _make_pools(records, weights, seed=seed, shuffle=shuffle)
+        self._pools = _make_pools(records, weights, weights_key, seed=seed, shuffle=shuffle)
         self._shuffle = shuffle
         self._shards = _ShardCache(self.folder, verify=verify, max_open=4 * _GROUP)
         self._block = _block_counts(self._pools, weights)
@@ -249,7 +251,12 @@ class _Pool:
 
 
 def _make_pools(
-    records: list[ShardRecord], weights: Mapping[str, float] | None, *, seed: int, shuffle: bool
+    records: list[ShardRecord],
+    weights: Mapping[str, float] | None,
+    weights_key: str,
+    *,
+    seed: int,
+    shuffle: bool,
 ) -> list[_Pool]:
     """One pool for each source, or for each weighted name."""
     groups: dict[str, list[ShardRecord]] = {}
@@ -260,11 +267,17 @@ def _make_pools(
         sources = {record.source for record in records}
         for name, weight in weights.items():
             if not weight > 0:
-                raise ValueError(f"weight {name}={weight} must be above 0; leave it out for none")
+                raise ValueError(
+                    f"{weights_key}.{name}={weight} must be above 0; leave it out for none"
+                )
             groups[name] = [r for r in records if name == (r.source if name in sources else r.kind)]
             if not groups[name]:
                 known = sorted(sources | {record.kind for record in records})
-                raise ValueError(f"weight for {name!r}, which is none of {', '.join(known)}")
+                raise ValueError(
+                    f"{weights_key}.{name}={weight} is the share of {name!r}, which is none of"
+                    f" {', '.join(known)}; name one of these, or add the source to data.sources"
+                    " and prepare again"
+                )
     return [
         _Pool(group, seed=seed, number=number, shuffle=shuffle)
         for number, group in enumerate(groups.values())

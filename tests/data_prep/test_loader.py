@@ -231,8 +231,15 @@ def test_missing_and_corrupt_shards_are_clear_errors(tmp_path: Path) -> None:
         ({"dp_rank": 2, "dp_size": 2}, "dp_rank=2"),
         ({"split": "eval"}, "no eval samples"),
         ({"kinds": ["poem"]}, "no train samples of kinds"),
-        ({"weights": {"poem": 1.0}}, "none of chat, code, recall, talk, text"),
-        ({"weights": {"code": 0.0}}, "must be above 0"),
+        (
+            {"weights": {"poem": 1.0}},
+            r"^weights\.poem=1\.0 .* none of chat, code, recall, talk, text",
+        ),
+        (
+            {"weights": {"poem": 1.0}, "weights_key": "sft.weights"},
+            r"^sft\.weights\.poem=.*; name one",
+        ),
+        ({"weights": {"code": 0.0}}, r"^weights\.code=0\.0 must be above 0"),
         ({"weights": {"code": 1.0}, "epochs": 1}, "give one of them"),
     ],
 )
