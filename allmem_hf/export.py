@@ -21,11 +21,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig
 
 from allmem_hf.configuration_allmem import AllMemConfig
+from allmem_hf.files import save_tensors
 from allmem_hf.modeling_allmem import AllMemForCausalLM
 
 # Module of this project -> module beside the exported weights.
@@ -332,10 +332,7 @@ def _write_weights(
             held[name] = tensor.clone(memory_format=torch.contiguous_format)
             total += tensor.numel() * tensor.element_size()
             where[name] = file
-        save_file(held, folder / file, metadata={"format": "pt"})
-        shutil.copymode(
-            folder / "modeling_allmem.py", folder / file
-        )  # it is made for the owner only
+        save_tensors(held, folder / file)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": where}
         _write_json(folder / "model.safetensors.index.json", index)

@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
+
+from allmem_hf.files import save_tensors
 
 FORMAT_VERSION = 1
 STATE_FILE = "state.json"
@@ -153,8 +155,8 @@ def save_checkpoint(
 
     def write(temporary: Path) -> None:
         temporary.mkdir(parents=True)
-        save_file(_contiguous(model), temporary / MODEL_FILE, metadata={"format": "pt"})
-        save_file(_contiguous(optimizer), temporary / OPTIMIZER_FILE, metadata={"format": "pt"})
+        save_tensors(_contiguous(model), temporary / MODEL_FILE)
+        save_tensors(_contiguous(optimizer), temporary / OPTIMIZER_FILE)
         full = {**state, "step": step, "format_version": FORMAT_VERSION}
         _write_text(temporary / STATE_FILE, json.dumps(full, indent=1, sort_keys=True))
 

@@ -62,6 +62,16 @@ def test_round_trip_is_exact(tmp_path: Path):
         assert all(torch.equal(saved[name], got[name]) for name in saved)
 
 
+def test_all_files_have_the_permissions_that_the_umask_leaves(tmp_path: Path):
+    before = os.umask(0o027)
+    try:
+        path = save(tmp_path, 5)
+    finally:
+        os.umask(before)
+    assert len(list(path.iterdir())) == 3
+    assert {oct(file.stat().st_mode & 0o777) for file in path.iterdir()} == {"0o640"}
+
+
 def test_the_oldest_go_and_the_newest_is_found(tmp_path: Path):
     for step in (5, 10, 15, 100):
         save(tmp_path, step)
