@@ -12,6 +12,7 @@ import contextlib
 import logging
 import math
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +37,14 @@ from deepspeed.utils import (
 
 # DeepSpeed would compile a shared-memory all-reduce at the first start on a CPU; gloo has one.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+# DeepSpeed 0.19 calls collectives by names that PyTorch 2.13 would rather not see.
+warnings.filterwarnings(
+    "ignore",
+    message=r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated",
+    category=FutureWarning,
+    module=r"torch\.distributed\.c10d_logger",
+)
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

@@ -46,6 +46,7 @@ def folders(
     assert main([*words, f"run.dir={one}"]) == 0
     done = on_two_ranks([*words, f"run.dir={two}"], environment)
     assert done.returncode == 0, done.stderr
+    (folder / "two.err").write_text(done.stderr, encoding="utf-8")
     return one, two, words
 
 
@@ -61,6 +62,12 @@ def test_two_ranks_have_the_losses_of_one(
             assert mine[key] == theirs[key]
         for key in ("train/loss", "train/grad_norm"):
             assert mine[key] == pytest.approx(theirs[key], rel=2e-3, abs=1e-7)
+
+
+def test_two_ranks_print_what_one_would(folders: tuple[Path, Path, list[str]]):
+    lines = (folders[1].parent / "two.err").read_text(encoding="utf-8").splitlines()
+    assert [line for line in lines if "Warning" in line] == []
+    assert len([line for line in lines if line.startswith("pretrain: complete")]) == 1
 
 
 def test_a_checkpoint_of_two_ranks_goes_on_with_one(
