@@ -113,7 +113,8 @@ def caption(results: Mapping[str, Any]) -> str:
         f"chunk {config['chunk_size']:,}; documents of {int(config['length']):,} tokens. "
         "Loss in nats a token (text: every token; recall documents: the answers); beyond the "
         f"window: from position {config['window_size']:,} on. Recall: exact match of "
-        f"{questions:,.0f} answers whose evidence lies outside the window. Cache: one sequence, "
+        f"{questions:,.0f} {'answer' if questions == 1 else 'answers'} whose evidence lies outside "
+        "the window. Cache: one sequence, "
         f"{config['cache_element_bytes']} bytes an element, memory state in float32."
     )
 

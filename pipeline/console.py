@@ -13,9 +13,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class Advance(Protocol):
-    """Tells how far the work is: units done so far, and a few words beside the bar."""
+    """Tells how far the work is: units done so far, a few words, all units where they change."""
 
-    def __call__(self, done: int, note: str = "") -> None: ...
+    def __call__(self, done: int, note: str = "", total: int | None = None) -> None: ...
 
 
 class Reporter:
@@ -25,7 +25,8 @@ class Reporter:
         """Args: enabled: rank 0; every_s: seconds between plain progress lines."""
         self._enabled = enabled
         self._every_s = every_s
-        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._console = Console(stderr=True, highlight=False)
+        self._console.soft_wrap = not self._console.is_terminal  # a log's lines stay whole
 
     def say(self, line: str) -> None:
         """Print one line."""
@@ -55,25 +56,26 @@ class Reporter:
         with Progress(*columns, console=self._console, refresh_per_second=4) as bar:
             task = bar.add_task(title, total=total, note="")
 
-            def advance(done: int, note: str = "") -> None:
-                bar.update(task, completed=done, note=note)
+            def advance(done: int, note: str = "", total: int | None = None) -> None:
+                bar.update(task, completed=done, note=note, total=total)
 
             yield advance
 
     def _plain(self, title: str, total: int | None) -> Advance:
-        last = time.monotonic() - self._every_s
+        last, whole = time.monotonic(), total
 
-        def advance(done: int, note: str = "") -> None:
-            nonlocal last
+        def advance(done: int, note: str = "", total: int | None = None) -> None:
+            nonlocal last, whole
+            whole = whole if total is None else total
             now = time.monotonic()
-            if now - last < self._every_s and done != total:
+            if now - last < self._every_s and done != whole:
                 return
             last = now
-            of = f"/{total}" if total is not None else ""
-            self.say(f"{title} {done}{of} {note}".rstrip())
+            of = f"/{whole}" if whole is not None else ""
+            self.say(f"{title} {done}{of}  {note}".rstrip())
 
         return advance
 
 
-def _silent(done: int, note: str = "") -> None:
-    del done, note
+def _silent(done: int, note: str = "", total: int | None = None) -> None:
+    del done, note, total

@@ -9,15 +9,24 @@ from typing import Any
 
 import torch
 
+from pipeline.artifacts import Artifact, add_artifacts
 from pipeline.config import split_entry
 from pipeline.console import Reporter
 from pipeline.distributed import Ranks
 from pipeline.metrics_log import MetricsLog
 
+DONE_FILE = "DONE.json"
+"""Mark of a finished stage, in its folder."""
+
 
 def folder_name(entry: str) -> str:
     """Folder of a stage entry: `convert@mamba2` → `convert_mamba2`."""
     return entry.replace("@", "_")
+
+
+def is_finished(run_dir: Path, entry: str) -> bool:
+    """Whether a stage of the run has its mark."""
+    return (run_dir / folder_name(entry) / DONE_FILE).is_file()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,3 +77,15 @@ class StageContext:
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Record metrics of a step (rank 0 writes them)."""
         self.metrics.write(step, values)
+
+    def artifact(self, *paths: Path, folder: str = "", on_parent: bool = False) -> None:
+        """Give finished files to MLflow (rank 0 does); no run waits for it or fails by it.
+
+        Args:
+            paths: the files.
+            folder: folder among the run's artifacts; empty for their root.
+            on_parent: the recipe's own run gets them too, under the stage's name.
+        """
+        if self.ranks.is_main:
+            artifacts = [Artifact(path=p, folder=folder, on_parent=on_parent) for p in paths]
+            add_artifacts(self.run_dir, folder_name(self.entry), artifacts)

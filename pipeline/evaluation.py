@@ -20,7 +20,7 @@ from evals.config import EvalConfig
 from evals.records import DocumentRecord
 from pipeline.checkpoint import MODEL_FILE, latest_checkpoint, write_json
 from pipeline.config import resolve_path, split_entry
-from pipeline.context import StageContext, folder_name
+from pipeline.context import StageContext, folder_name, is_finished
 from pipeline.costs import MixerShape, cache_bytes, flops_ratio
 from pipeline.models import lineage
 from pipeline.schema import RunConfig
@@ -73,28 +73,31 @@ class Measured:
 
 
 def find_weights(config: RunConfig, run_dir: Path, branch: str) -> Weights:
-    """The newest trained weights of a branch that the run has.
+    """The newest weights of a branch that a finished stage of the run left.
 
     Only `convert` and `sft` make a mixer worth a row; a branch that has just been aligned counts
-    as not trained.
+    as not trained, and so does every branch of a base whose `pretrain` is not finished.
     """
     entries = lineage(config, branch=branch)
     reached: list[tuple[str, Path]] = []
     before = None
     for entry in entries:
         path = latest_checkpoint(run_dir / folder_name(entry) / "checkpoints")
-        if path is None:
+        if path is None or not is_finished(run_dir, entry):
             before = entry
             break
         reached.append((entry, path))
+    started = before is not None and path is not None
     trained = [entry for entry, _ in reached if split_entry(entry)[0] in ("convert", "sft")]
     missing = None
-    if branch != "none" and not trained:
-        own = [entry for entry in entries if split_entry(entry)[0] in ("convert", "sft")]
-        missing = (
-            f"stage {before or own[0]} has no checkpoint in the run's folder"
-            if own
-            else f"the recipe {config.recipe} has no stage that trains {branch}"
+    own = [entry for entry in entries if split_entry(entry)[0] in ("convert", "sft")]
+    if branch != "none" and not own:
+        missing = f"the recipe {config.recipe} has no stage that trains {branch}"
+    elif before == "pretrain" or (branch != "none" and not trained):
+        missing = f"stage {before or own[0]} " + (
+            f"is not finished ({path.name if path else ''})"
+            if started
+            else "has no checkpoint in the run's folder"
         )
     return Weights(
         branch=branch,

@@ -1,8 +1,8 @@
 """`python -m pipeline.run stage=NAME recipe=NAME run.dir=DIR [group=option] [key=value …]`.
 
-Runs one stage, or with `stage=all` the recipe's stages in order. A stage whose `DONE.json` has the
-same configuration hash is skipped and an unfinished one goes on from its newest checkpoint, so the
-same command, given again, resumes.
+Runs one stage, or with `stage=all` the recipe's stages in order. A stage that is done with the
+same configuration and inputs is skipped and an unfinished one goes on from its newest checkpoint,
+so the same command, given again, resumes.
 """
 
 from __future__ import annotations
@@ -16,14 +16,13 @@ import subprocess
 import sys
 import time
 import traceback
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from pipeline.config import PROJECT_ROOT, compose, split_entry, to_plain
 from pipeline.help import help_text
-from pipeline.schema import TRAINING_STAGES, RunConfig
+from pipeline.schema import RunConfig
 
 EXIT_USER_ERROR = 2
 """Something that the user can mend."""
@@ -34,8 +33,6 @@ EXIT_STOPPED = 143
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    # Megatron-Core tells at import which optional packages it does without.
-    warnings.filterwarnings("ignore", module=r"megatron\..*")
     debug = any(word.replace(" ", "").lower() == "run.debug=true" for word in words)
     try:
         if not words or words[0] in ("-h", "--help", "help"):
@@ -74,6 +71,7 @@ def _run(config: RunConfig) -> int:
         init_distributed,
         seed_everything,
     )
+    from pipeline.summary import print_summary
     from pipeline.train_loop import StopRequested
 
     if config.parallel.num_threads:
@@ -87,6 +85,8 @@ def _run(config: RunConfig) -> int:
             wanted = config.stage.name
             for entry in config.stages if wanted == "all" else (wanted,):
                 _run_stage(config, entry, run_dir, ranks)
+            if ranks.is_main and wanted in ("all", "evaluate"):
+                print_summary(config, run_dir)
     except StopRequested as stop:
         if ranks.is_main:
             print(stop, file=sys.stderr)
@@ -123,19 +123,21 @@ def _only_user(run_dir: Path) -> Iterator[None]:
 
 
 def _run_stage(config: RunConfig, entry: str, run_dir: Path, ranks: Any) -> None:
+    from pipeline.artifacts import clear_artifacts
     from pipeline.checkpoint import remove_unfinished, write_json
     from pipeline.console import Reporter
-    from pipeline.context import StageContext, folder_name
+    from pipeline.context import DONE_FILE, StageContext, folder_name
     from pipeline.distributed import on_main
-    from pipeline.fingerprint import digest, fingerprint
+    from pipeline.done import is_done, mark_done, start
+    from pipeline.fingerprint import fingerprint
     from pipeline.lineage import branch_of
     from pipeline.metrics_log import MetricsLog
     from pipeline.tracking import track
+    from pipeline.wording import duration
 
     name, _ = split_entry(entry)
-    flat = fingerprint(config, entry)
     folder = run_dir / folder_name(entry)
-    done = folder / "DONE.json"
+    settings = run_dir / "configs" / f"{folder.name}.json"
     context = StageContext(
         entry=entry,
         branch=branch_of(config, entry),
@@ -143,59 +145,28 @@ def _run_stage(config: RunConfig, entry: str, run_dir: Path, ranks: Any) -> None
         ranks=ranks,
         reporter=Reporter(enabled=ranks.is_main, every_s=config.run.log_every_s),
         metrics=MetricsLog(folder / "metrics.jsonl", enabled=ranks.is_main),
-        fingerprint=flat,
+        fingerprint=fingerprint(config, entry),
         commit=commit(),
     )
-    if on_main(ranks, lambda: _is_done(context, done, digest(flat))):
-        context.say(f"{entry}: already complete ({done})")
+    if on_main(ranks, lambda: is_done(config, context)):
+        context.say(f"{entry}: already complete ({folder / DONE_FILE})")
         with track(config, context, resume_only=True):
             return
     if ranks.is_main:
         for place in (run_dir, run_dir / "configs", folder):
             remove_unfinished(place)
-    on_main(
-        ranks, lambda: write_json(run_dir / "configs" / f"{folder.name}.json", to_plain(config))
-    )
+    inputs = on_main(ranks, lambda: start(config, context))
+    on_main(ranks, lambda: write_json(settings, to_plain(config)))
+    on_main(ranks, lambda: clear_artifacts(run_dir, folder.name))
+    context.artifact(settings, folder="config")
     module = importlib.import_module(f"pipeline.stages.{name}")
     started = time.time()
     with track(config, context):
         module.run(config, context)
         context.metrics.close()
-    on_main(
-        ranks,
-        lambda: write_json(
-            done,
-            {
-                "stage": entry,
-                "hash": digest(flat),
-                "config": flat,
-                "commit": context.commit,
-                "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-                "seconds": round(time.time() - started, 1),
-            },
-        ),
-    )
-    context.say(f"{entry}: complete in {time.time() - started:.0f} s")
-
-
-def _is_done(context: Any, done: Path, wanted: str) -> bool:
-    """Whether the stage is complete with this configuration.
-
-    Raises:
-        ValueError: a training stage is complete with another configuration; its weights are not
-            thrown away without being asked.
-    """
-    from pipeline.checkpoint import refuse_other_config
-
-    if not done.is_file():
-        return False
-    mark = json.loads(done.read_text(encoding="utf-8"))
-    if mark.get("hash") == wanted:
-        return True
-    if context.name in TRAINING_STAGES:
-        refuse_other_config(context.dir, mark["config"], context.fingerprint)
-    done.unlink()
-    return False
+    seconds = time.time() - started
+    on_main(ranks, lambda: mark_done(context, inputs, seconds=seconds))
+    context.say(f"{entry}: complete in {duration(seconds)}")
 
 
 def commit() -> str:

@@ -5,11 +5,15 @@ queue: what a dead server did not take is sent later, by this process or by the 
 the server is, is asked of the server (metric `logged_step`), so that no step is logged twice, even
 after a kill between a shipment and its receipt. One parent run a run.dir, one child run a stage;
 the headline metrics also stand in the parent, because children are folded away in charts.
+
+Files that stages give (`artifacts.json`) go the same way, after the metrics. What the server has of
+them is noted in `tracking.json` by size and date, and what it lacks is sent again.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 import math
@@ -22,6 +26,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from data_prep.shards import MANIFEST_NAME
+from pipeline.artifacts import Artifact, read_artifacts
 from pipeline.checkpoint import write_json
 from pipeline.config import flatten, to_plain
 from pipeline.context import StageContext, folder_name
@@ -32,11 +38,25 @@ LOGGED_STEP = "logged_step"
 """Metric that says up to which step a run is shipped."""
 
 HEADLINES = ("train/loss", "train/grad_norm", "train/lr", "tokens_per_s")
-"""Metrics that the parent run gets too, under the stage's name."""
+"""Metrics of training that the parent run gets too, under the stage's name."""
+
+EVALUATION_HEADLINES = (
+    "/overall/loss_beyond_window",
+    "/recall/exact_match_outside_window",
+)
+"""Ends of the names of an evaluation's metrics, `MIXER/TASK/METRIC`, that the parent gets too."""
+
+MANIFEST_TAG = "data.manifest_sha256"
+"""Tag with the SHA-256 of the shards' manifest: runs with the same one saw the same data."""
+
+ARTIFACTS_FOLDER = "mlartifacts"
+"""Folder for artifacts, beside the sqlite file; a server has its own place."""
 
 _PARENT = "(recipe)"
 _BATCH = 1000
 _MAX_PARAM = 6000
+_LAST_TRIES = 3
+_warned: set[str] = set()  # servers that this process has told the user of
 
 
 def metric_name(name: str) -> str:
@@ -44,9 +64,14 @@ def metric_name(name: str) -> str:
     return re.sub(r"[^\w\-. :/]", "_", name)
 
 
+def is_headline(name: str) -> bool:
+    """Whether the parent run gets a metric, too."""
+    return name in HEADLINES or name.endswith(EVALUATION_HEADLINES)
+
+
 @contextlib.contextmanager
 def track(config: RunConfig, context: StageContext, *, resume_only: bool = False) -> Iterator[None]:
-    """Ship the stage's metrics to MLflow while the block runs.
+    """Ship the stage's metrics and files to MLflow while the block runs.
 
     Args:
         config: gives `tracking` and the parameters to log.
@@ -71,7 +96,7 @@ def track(config: RunConfig, context: StageContext, *, resume_only: bool = False
 
 
 class Shipper:
-    """A thread that reads `metrics.jsonl` and writes to MLflow."""
+    """A thread that reads `metrics.jsonl` and `artifacts.json` and writes to MLflow."""
 
     def __init__(self, config: RunConfig, context: StageContext) -> None:
         self._settings: TrackingSettings = config.tracking
@@ -83,34 +108,38 @@ class Shipper:
         self._notes = _Notes(context.run_dir)
         self._offset = 0
         self._status: str | None = None
-        self._warned = False
         self._wake = threading.Event()
         self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
         self._client: Any = None
         self._runs: dict[str, str] = {}
         self._shipped: dict[str, int] = {}
+        self._answered = False
+        self._artifacts_failed = False
 
     def start(self) -> None:
         """Begin shipping."""
+        self._note_complete(False)
         self._thread.start()
 
     def finish(self, status: str) -> None:
-        """Send the rest and close the run, for at most `tracking.flush_s` seconds."""
+        """Send the rest and close the run, for at most `tracking.flush_s` seconds.
+
+        A server that has not answered while the stage ran is asked once more, not longer.
+        """
         self._status = status
         self._wake.set()
         self._thread.join(self._settings.flush_s)
         if self._thread.is_alive() or not self._is_complete():
             self._context.say(
-                f"{self._context.entry}: MLflow at {self._uri} did not take all metrics in "
-                f"{self._settings.flush_s:.0f} s; they are in {self._context.metrics.path} and are "
-                "sent when the same command is given again"
+                f"{self._context.entry}: MLflow at {self._uri} did not take everything; "
+                "the rest is sent when the same command is given again"
             )
 
     def _is_complete(self) -> bool:
         return bool(self._notes.read(self._label).get("complete"))
 
     def _work(self) -> None:
-        deadline = math.inf
+        deadline, tries = math.inf, 0
         while True:
             ending = self._status is not None
             if ending:
@@ -118,14 +147,18 @@ class Shipper:
             try:
                 if self._client is None:
                     self._connect()
+                self._answered = True
                 self._ship()
+                self._ship_artifacts(ending)
                 if ending:
                     self._close()
                     return
             except Exception as error:  # noqa: BLE001 - tracking must never stop a run
                 self._warn(error)
                 self._client = None  # the next try asks the server anew how far it is
-            if time.monotonic() >= deadline:
+            tries += ending
+            enough = _LAST_TRIES if self._answered else 1
+            if time.monotonic() >= deadline or tries >= enough:
                 return
             if ending:
                 time.sleep(min(1.0, self._settings.interval_s))
@@ -133,12 +166,13 @@ class Shipper:
                 self._wake.wait(self._settings.interval_s)
 
     def _warn(self, error: Exception) -> None:
-        if not self._warned:
-            self._warned = True
-            line = " ".join(str(error).split())[:200]
+        if self._uri not in _warned:
+            _warned.add(self._uri)
+            line = " ".join(str(error).split())
             self._context.say(
-                f"MLflow at {self._uri} is not reachable ({line}); metrics stay in "
-                f"{self._context.metrics.path} and are sent later"
+                f"MLflow at {self._uri} does not take what it is sent "
+                f"({line[:120]}{'…' if len(line) > 120 else ''}); it stays in "
+                f"{self._context.run_dir} and is sent later"
             )
 
     def _connect(self) -> None:
@@ -156,7 +190,7 @@ class Shipper:
         experiment_id = (
             experiment.experiment_id
             if experiment is not None
-            else client.create_experiment(self._settings.experiment)
+            else client.create_experiment(self._settings.experiment, self._artifact_location())
         )
         name = self._settings.run_name or f"{self._recipe} {self._context.run_dir.resolve().name}"
         parent = self._open_run(client, experiment_id, _PARENT, name, {})
@@ -168,8 +202,14 @@ class Shipper:
             self._shipped[kind] = max((point.step for point in history), default=-1)
         self._offset = 0
         self._log_params(client, child)
-        self._note_complete(False)
         self._client = client
+
+    def _artifact_location(self) -> str | None:
+        """Beside an sqlite file (MLflow would take the working directory), or the server's own."""
+        if not self._uri.startswith("sqlite:///"):
+            return None
+        file = Path(self._uri.removeprefix("sqlite:///")).resolve()
+        return (file.parent / ARTIFACTS_FOLDER).as_uri()
 
     def _open_run(
         self, client: Any, experiment_id: str, place: str, name: str, tags: Mapping[str, str]
@@ -217,7 +257,7 @@ class Shipper:
         child, parent = [], []
         for _, line in lines:
             child.append((int(line["step"]), {LOGGED_STEP: line["step"], **line}))
-            headlines = {key: line[key] for key in HEADLINES if key in line}
+            headlines = {key: value for key, value in line.items() if is_headline(key)}
             headlines[LOGGED_STEP] = line["step"]
             named = {f"{self._label}/{key}": value for key, value in headlines.items()}
             parent.append((int(line["step"]), named))
@@ -249,14 +289,47 @@ class Shipper:
             self._client.log_batch(self._runs[kind], metrics=batch)
             self._shipped[kind] = last
 
+    def _ship_artifacts(self, ending: bool) -> None:
+        """Send files that the server lacks; after a failure not before the stage's end."""
+        if self._artifacts_failed and not ending:
+            return
+        self._artifacts_failed = True
+        for artifact in read_artifacts(self._context.run_dir, self._label):
+            self._send_artifact("child", artifact, artifact.folder)
+            if artifact.on_parent:
+                self._send_artifact("parent", artifact, f"{self._label}/{artifact.folder}")
+        self._artifacts_failed = False
+
+    def _send_artifact(self, kind: str, artifact: Artifact, folder: str) -> None:
+        folder = folder.rstrip("/")
+        place = f"{kind}:{folder}/{artifact.path.name}"
+        if not artifact.path.is_file():
+            return  # taken away since
+        status = artifact.path.stat()
+        stamp = [status.st_size, status.st_mtime_ns]
+        note = self._notes.read(self._label)
+        sent = note.get("artifacts", {})
+        if sent.get(place) != stamp:
+            self._client.log_artifact(self._runs[kind], str(artifact.path), folder or None)
+            self._notes.write(self._label, {**note, "artifacts": {**sent, place: stamp}})
+
+    def _tag_data(self) -> None:
+        """Tell which shards the stage has seen."""
+        manifest = self._context.data_dir / MANIFEST_NAME
+        if manifest.is_file():
+            digest = hashlib.sha256(manifest.read_bytes()).hexdigest()
+            for run_id in self._runs.values():
+                self._client.set_tag(run_id, MANIFEST_TAG, digest)
+
     def _close(self) -> None:
+        self._tag_data()
         status = self._status or "FINISHED"
         for run_id in self._runs.values():
             self._client.set_terminated(run_id, status)
         self._note_complete(True)
 
     def _note_complete(self, complete: bool) -> None:
-        """Note beside the run id whether the server has every line."""
+        """Note beside the run id whether the server has every line and file."""
         self._notes.write(self._label, {**self._notes.read(self._label), "complete": complete})
 
 

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from rich.console import Console
 
 from allmem_megatron.model import AllMemGPTModel
 from data_prep.shards import Manifest, ShardRecord, file_sha256, read_shard
@@ -22,8 +21,7 @@ from evals.bins import bin_edges
 from evals.config import EvalConfig
 from evals.documents import EvalDocument, batches_of, documents_of, select
 from evals.records import DocumentRecord, Metrics, gap_closed, summarise
-from evals.table import terminal_table
-from pipeline.context import StageContext, folder_name
+from pipeline.context import StageContext
 from pipeline.distributed import on_main
 from pipeline.evaluation import (
     BRANCH_OF,
@@ -46,13 +44,11 @@ from pipeline.models import base_config, choose_dtype, load_model
 from pipeline.report import write_report
 from pipeline.schema import RunConfig
 from pipeline.scoring import prefill, prefill_speeds, score_batch
-
-TABLE_WIDTH = 80
-"""Columns that the table needs, whatever the terminal says it has."""
+from pipeline.wording import count
 
 
 def run(config: RunConfig, context: StageContext) -> None:
-    """Measure every mixer and control, write results, table and figures, and print the table.
+    """Measure every mixer and control, and write results, table and figures.
 
     Raises:
         ValueError: no held-out document fits, a shard is broken, or nothing is trained yet.
@@ -66,10 +62,13 @@ def run(config: RunConfig, context: StageContext) -> None:
     files = on_main(context.ranks, lambda: write_report(results, context.dir, training))
     step = max((line["step"] for _, line in read_lines(context.metrics.path)), default=-1) + 1
     context.log(step, headline(results))
-    if context.ranks.is_main:
-        console = Console()
-        Console(width=max(console.width, TABLE_WIDTH)).print(terminal_table(results))
-    context.say(f"wrote {', '.join(path.name for path in files)}")
+    plots = [path for path in files if path.suffix == ".png"]
+    context.artifact(*(path for path in files if path not in plots), on_parent=True)
+    context.artifact(*plots, folder="plots", on_parent=True)
+    context.say(
+        f"{context.entry}: wrote results.json, table.md and {count(len(plots), 'figure')} "
+        f"to {context.dir}"
+    )
 
 
 def headline(results: Mapping[str, Any]) -> dict[str, float]:
@@ -151,11 +150,10 @@ class _Evaluation:
             if not subject.is_control and (why := self.weights[BRANCH_OF[subject.mixer]].missing)
         }
         for name, why in missing.items():
-            self.context.say(f"{name} is not measured: {why}")
+            self._say(f"{name} is not measured: {why}")
         for weights in self.weights.values():
-            for entry, path in zip(weights.entries, weights.checkpoints, strict=True):
-                if not (self.context.run_dir / folder_name(entry) / "DONE.json").is_file():
-                    self.context.say(f"{entry} is not complete; its weights are those of {path}")
+            if weights.before is not None and not weights.missing:
+                self._say(f"{weights.branch} is measured without {weights.before}: not finished")
         present = [subject for subject in subjects if subject.mixer not in missing]
         if not present:
             raise ValueError(
@@ -180,6 +178,9 @@ class _Evaluation:
             "config": self._description(),
             "commit": self.context.commit,
         }
+
+    def _say(self, line: str) -> None:
+        self.context.say(f"{self.context.entry}: {line}")
 
     def _key(self, subject: Subject) -> str:
         decides = {
@@ -218,7 +219,7 @@ class _Evaluation:
         branch = self._branch(subject)
         if branch not in self.models:
             weights = self.weights[branch]
-            self.context.say(f"loading {_described(weights)}")
+            self._say(f"loading {_described(weights)}")
             model = load_model(
                 self.config,
                 self.context.run_dir,
@@ -237,7 +238,7 @@ class _Evaluation:
         key = self._key(subject)
         stored = on_main(self.context.ranks, lambda: self.partial.load(subject.name, key))
         if stored is not None:
-            self.context.say(f"{subject.name}: kept from before")
+            self._say(f"{subject.name} is kept from before")
             return from_partial(stored)
         measured = self._score(subject)
         on_main(
@@ -251,7 +252,8 @@ class _Evaluation:
         batches = self._batches_for(subject)
         mine = batches[ranks.rank :: ranks.world_size]
         records: list[DocumentRecord] = []
-        with self.context.reporter.progress(f"{subject.name}:", len(mine)) as advance:
+        title = f"{self.context.entry} {subject.name}:"
+        with self.context.reporter.progress(title, len(mine)) as advance:
             for done, batch in enumerate(mine, start=1):
                 records += score_batch(
                     model,
@@ -278,7 +280,7 @@ class _Evaluation:
                 "length; set data.packing=none or leave the control out"
             )
         if left := len(self.batches) - len(paired):
-            self.context.say(f"{subject.name}: {left} documents have no partner of their length")
+            self._say(f"{subject.name}: {count(left, 'document')} without a partner of its length")
         return paired
 
     def _speeds(self, subjects: Sequence[Subject]) -> dict[str, float]:
@@ -301,9 +303,9 @@ class _Evaluation:
         }
         total = len(runs) * (settings.timing_warmup + settings.timing_repeats)
         done = 0
-        with self.context.reporter.progress("prefill speed:", total) as advance:
+        with self.context.reporter.progress(f"{self.context.entry} speed:", total) as advance:
 
-            def count() -> None:
+            def advanced() -> None:
                 nonlocal done
                 done += 1
                 advance(done)
@@ -314,7 +316,7 @@ class _Evaluation:
                 repeats=settings.timing_repeats,
                 warmup=settings.timing_warmup,
                 device=self.context.device,
-                progress=count,
+                progress=advanced,
             )
         speeds = on_main(ranks, lambda: speeds)
         on_main(ranks, lambda: self.partial.save("speed", key, speeds))
@@ -369,8 +371,9 @@ def _prefill_of(model: AllMemGPTModel, tokens: torch.Tensor, subject: Subject) -
 
 
 def _described(weights: Weights) -> str:
-    where = ", ".join(weights.checkpoints) or "the base model"
-    return f"{where} ({'no branch' if weights.branch == 'none' else weights.branch})"
+    stages = zip(weights.entries, weights.checkpoints, strict=True)
+    steps = ", ".join(f"{entry} {Path(path).name}" for entry, path in stages)
+    return f"the base model with {steps}" if steps else "the base model"
 
 
 def _share_base(model: AllMemGPTModel, other: AllMemGPTModel) -> None:

@@ -6,13 +6,14 @@ import time
 from pathlib import Path
 
 from data_prep.prepare import prepare_shards, summary
-from data_prep.shards import Manifest
+from data_prep.shards import MANIFEST_NAME, Manifest
 from data_prep.tokenizer import load_tokenizer
 from pipeline.config import resolve_path
 from pipeline.context import StageContext
 from pipeline.distributed import on_main
 from pipeline.models import base_path, check_base
 from pipeline.schema import RunConfig
+from pipeline.wording import count
 
 
 def run(config: RunConfig, context: StageContext) -> None:
@@ -45,13 +46,14 @@ def _prepare(config: RunConfig, context: StageContext) -> None:
     started = time.perf_counter()
     check_base(config)
     tokenizer = load_tokenizer(tokenizer_path(config))
-    with context.reporter.progress(f"{context.entry}: shards", None) as advance:
+    with context.reporter.progress(f"{context.entry}:", None) as advance:
         manifest = prepare_shards(
             config.data,
             context.data_dir,
             tokenizer=tokenizer,
-            progress=lambda what, done, total: advance(done, f"{what} {done}/{total}"),
+            progress=lambda what, done, total: advance(done, what, total),
         )
+    context.artifact(context.data_dir / MANIFEST_NAME)
     _report(manifest, context, time.perf_counter() - started)
 
 
@@ -61,9 +63,9 @@ def _report(manifest: Manifest, context: StageContext, seconds: float) -> None:
     for step, row in enumerate(summary(manifest)):
         tokens += row["num_tokens"]
         context.say(
-            f"{row['split']}/{row['source']}: {row['num_samples']} samples, "
-            f"{row['num_tokens']} tokens, {row['num_loss_tokens']} of them with loss, "
-            f"{row['num_shards']} shards"
+            f"{context.entry}: {row['split']}/{row['source']}: "
+            f"{count(row['num_samples'], 'sample')}, {count(row['num_tokens'], 'token')}, "
+            f"{row['num_loss_tokens']:,} of them with loss, {count(row['num_shards'], 'shard')}"
         )
         prefix = f"prepare/{row['split']}/{row['source']}"
         report = manifest.reports[f"{row['split']}/{row['source']}"]
@@ -80,4 +82,4 @@ def _report(manifest: Manifest, context: StageContext, seconds: float) -> None:
     for name, report in manifest.reports.items():
         if report["num_bad"]:
             reasons = ", ".join(f"{n} × {why}" for why, n in report["bad_reasons"].items())
-            context.say(f"{name}: {report['num_bad']} records were unreadable ({reasons})")
+            context.say(f"{name}: {count(report['num_bad'], 'unreadable record')} ({reasons})")

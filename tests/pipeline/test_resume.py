@@ -1,7 +1,8 @@
 """A run killed by SIGKILL goes on bit for bit; the same command again does no harm.
 
-One uninterrupted run and one that is killed in `pretrain` and again in `convert`, both through the
-real command line, are compared number by number. The killed one also logs to MLflow.
+One uninterrupted run and one that is killed in `pretrain` and again in `convert`, in the first
+phase of one and the second of the other, both through the real command line, are compared number by
+number. The killed one also logs to MLflow.
 """
 
 from __future__ import annotations
@@ -24,6 +25,10 @@ from pipeline.run import main
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 24
+FIRST_PHASE = {"pretrain": 5, "convert": 12}
+"""Steps of each stage's first phase, with other lengths, shares and batches than the second."""
+KILLED_AT = {"pretrain": 8, "convert": 7}
+"""Steps after which the process is killed: past the phase's end, and before it."""
 SHAPE = [
     "stage=all",
     "stages=[prepare,pretrain,convert]",
@@ -31,6 +36,10 @@ SHAPE = [
     f"convert.steps={STEPS}",
     "pretrain.checkpoint_every=5",
     "convert.checkpoint_every=5",
+    "pretrain.phases=[{fraction: 0.2, seq_length: 24, batch_size: 8,"
+    " weights: {code: 1, repeats: 3}}, {fraction: 0.8}]",
+    "convert.phases=[{fraction: 0.5, seq_length: 32, batch_size: 2, weights: {repeats: 1},"
+    " window_range: [8, 12], chunk_range: [4, 8]}, {fraction: 0.5}]",
 ]
 NUMBERS = ("step", "tokens", "loss_tokens", "train/loss", "train/grad_norm", "train/lr")
 
@@ -78,6 +87,11 @@ def runs(
     environment: dict[str, str],
 ) -> Runs:
     folder = tmp_path_factory.mktemp("runs")
+    repeats = ", {kind: repeats, name: repeats, packages: [yaml], eval_packages: [rich]}]"
+    tiny_overrides = [
+        word.removesuffix("]") + repeats if word.startswith("data.sources") else word
+        for word in tiny_overrides
+    ]
     whole, killed = folder / "whole", folder / "killed"
     cli(*tiny_overrides, *SHAPE, f"run.dir={whole}")
     words = [
@@ -88,8 +102,8 @@ def runs(
         "tracking.interval_s=0.05",
     ]
     after = {
-        stage: run_until_killed(words, environment, killed / stage, step=7)
-        for stage in ("pretrain", "convert")
+        stage: run_until_killed(words, environment, killed / stage, step=step)
+        for stage, step in KILLED_AT.items()
     }
     cli(*words)
     return Runs(whole=whole, killed=killed, words=words, killed_after=after)
@@ -103,11 +117,16 @@ def numbers(lines: list[dict[str, Any]]) -> list[list[Any]]:
 def test_losses_after_kill_9_are_those_of_an_uninterrupted_run(
     runs: Runs, stage: str, metrics_of: Callable[[Path], list[dict[str, Any]]]
 ):
-    assert 7 < runs.killed_after[stage] < STEPS
+    assert KILLED_AT[stage] < runs.killed_after[stage] < STEPS
     whole, resumed = (numbers(metrics_of(d / stage)) for d in (runs.whole, runs.killed))
     assert [line[0] for line in resumed] == list(range(1, STEPS + 1))
     assert resumed == whole
     assert whole[-1][3] < whole[0][3] or stage == "convert"
+    tokens = [line[1] for line in whole]
+    first, rest = {"pretrain": (8 * 24, 4 * 64), "convert": (2 * 32, 4 * 64)}[stage]
+    end = FIRST_PHASE[stage]
+    assert tokens[end - 1] == end * first
+    assert tokens[-1] == end * first + (STEPS - end) * rest
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "convert"])

@@ -126,6 +126,7 @@ class TinyRun:
         save_checkpoint(
             folder, step=step, model=weights, optimizer={}, state={"tokens": 0}, keep_last=1
         )
+        (folder.parent / "DONE.json").write_text("{}")
 
     def config(
         self,

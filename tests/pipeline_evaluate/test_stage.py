@@ -156,18 +156,21 @@ def test_a_memory_that_learned_nothing_equals_the_window(tiny_run: Any) -> None:
     assert "speed" not in rows["swa"]
 
 
+@pytest.mark.parametrize("unfinished", [False, True])
 def test_a_mixer_without_trained_weights_is_named_not_skipped(
-    tiny_run: Any, capfd: pytest.CaptureFixture[str]
+    tiny_run: Any, unfinished: bool, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    if unfinished:
+        tiny_run.train("convert@mamba2", alpha=0.5)
+        (tiny_run.dir / "convert_mamba2" / "DONE.json").unlink()
     tiny_run.train("convert", alpha=0.5)
     results = tiny_run.evaluate(tiny_run.config(controls=(), timing_repeats=0))
     assert list(results["missing"]) == ["mamba2"]
-    assert "convert@mamba2 has no checkpoint" in results["missing"]["mamba2"]
+    why = "is not finished (step_00000007)" if unfinished else "has no checkpoint"
+    assert f"stage convert@mamba2 {why}" in results["missing"]["mamba2"]
     assert set(results["mixers"]) == {"full", "swa", "allmem"}
     assert "mamba2 (not trained)" in (tiny_run.dir / "evaluate/table.md").read_text()
-    output = capfd.readouterr()
-    assert "mamba2 is not measured" in output.err
-    assert "mamba2 (not trained)" in output.out
+    assert "evaluate: mamba2 is not measured" in capfd.readouterr().err
 
 
 def test_a_recipe_without_training_measures_the_base_alone(tiny_run: Any) -> None:

@@ -1,0 +1,171 @@
+"""`DONE.json`: a stage is complete while its configuration and what it was made from are the same.
+
+A stage is made from the base model's files, from checkpoints of stages before it and, for
+`evaluate`, from the shards. Their SHA-256 stands in the mark. Where a file has changed since,
+`evaluate` and `export` are done again; a training stage is refused, because its weights are not
+thrown away without being asked. Files of the same size and date are not read again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from data_prep.shards import MANIFEST_NAME
+from pipeline.checkpoint import (
+    MODEL_FILE,
+    latest_checkpoint,
+    refuse_other_config,
+    remove,
+    write_json,
+)
+from pipeline.config import resolve_path
+from pipeline.context import DONE_FILE, StageContext, folder_name, is_finished
+from pipeline.evaluation import find_weights
+from pipeline.fingerprint import digest
+from pipeline.lineage import lineage
+from pipeline.schema import TRAINING_STAGES, RunConfig
+
+INPUTS_FILE = "inputs.json"
+"""What an unfinished training stage is made from, in its folder."""
+
+Inputs = dict[str, dict[str, Any]]
+"""`size`, `mtime_ns` and `sha256` of each file, by its name in run.dir or under `model.path`."""
+
+
+def is_done(config: RunConfig, context: StageContext) -> bool:
+    """Whether the stage is complete with this configuration and with what is there to start from.
+
+    A mark of `evaluate` or `export` that no longer holds is deleted.
+
+    Raises:
+        ValueError: a training stage is complete with another configuration, or was trained from
+            weights that have changed.
+    """
+    done = context.dir / DONE_FILE
+    if not done.is_file():
+        return False
+    mark = json.loads(done.read_text(encoding="utf-8"))
+    if mark.get("hash") != digest(dict(context.fingerprint)):
+        if context.name in TRAINING_STAGES:
+            refuse_other_config(context.dir, mark["config"], context.fingerprint)
+        done.unlink()
+        return False
+    changed = _difference(mark.get("inputs"), inputs_of(config, context), context)
+    if changed is None:
+        return True
+    if context.name in TRAINING_STAGES:
+        raise _stale(context, changed)
+    context.say(f"{context.entry}: again, because {changed}")
+    done.unlink()
+    return False
+
+
+def start(config: RunConfig, context: StageContext) -> Inputs:
+    """What the stage is about to be made from; a training stage goes on only from the same.
+
+    Raises:
+        ValueError: the stage has checkpoints that were trained from other weights.
+    """
+    inputs = inputs_of(config, context)
+    if context.name not in ("prepare", "evaluate"):
+        for entry in lineage(config, branch=context.branch, before=context.entry):
+            if not is_finished(context.run_dir, entry):
+                context.say(f"{context.entry}: starts from {entry}, which is not finished")
+    if context.name not in TRAINING_STAGES:
+        return inputs
+    path = context.dir / INPUTS_FILE
+    if path.is_file() and latest_checkpoint(context.dir / "checkpoints") is not None:
+        changed = _difference(json.loads(path.read_text(encoding="utf-8")), inputs, context)
+        if changed is not None:
+            raise _stale(context, changed)
+    write_json(path, inputs)
+    return inputs
+
+
+def mark_done(context: StageContext, inputs: Inputs, *, seconds: float) -> None:
+    """Write `DONE.json`."""
+    mark = {
+        "stage": context.entry,
+        "hash": digest(dict(context.fingerprint)),
+        "config": dict(context.fingerprint),
+        "inputs": inputs,
+        "commit": context.commit,
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "seconds": round(seconds, 1),
+    }
+    write_json(context.dir / DONE_FILE, mark)
+    remove(context.dir / INPUTS_FILE)  # the mark holds it now
+
+
+def inputs_of(config: RunConfig, context: StageContext) -> Inputs:
+    """Size, date and SHA-256 of all files that the stage would be made from now."""
+    known = _known(context.run_dir)
+    inputs: Inputs = {}
+    for name, path in _files(config, context).items():
+        status = path.stat()
+        found = {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
+        digests = [k["sha256"] for k in known.get(name, []) if found.items() <= k.items()]
+        inputs[name] = {**found, "sha256": digests[0] if digests else _sha256(path)}
+    return inputs
+
+
+def _files(config: RunConfig, context: StageContext) -> dict[str, Path]:
+    if context.name == "prepare":
+        return {}
+    run_dir = context.run_dir
+    if context.name == "evaluate":
+        branches = [find_weights(config, run_dir, b) for b in ("none", "allmem", "mamba2")]
+        names = [name for weights in branches for name in weights.checkpoints]
+    else:
+        entries = lineage(config, branch=context.branch, before=context.entry)
+        found = [latest_checkpoint(run_dir / folder_name(e) / "checkpoints") for e in entries]
+        names = [str(path.relative_to(run_dir)) for path in found if path is not None]
+    files = {f"{name}/{MODEL_FILE}": run_dir / name / MODEL_FILE for name in names}
+    if context.name == "evaluate":
+        files[f"prepare/{MANIFEST_NAME}"] = context.data_dir / MANIFEST_NAME
+    if config.model.path is not None:
+        path = resolve_path(config.model.path)
+        weights = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+        files.update({f"model.path/{file.name}": file for file in weights})
+    return {name: file for name, file in files.items() if file.is_file()}
+
+
+def _known(run_dir: Path) -> dict[str, list[dict[str, Any]]]:
+    """What other stages of the run have noted of each file."""
+    known: dict[str, list[dict[str, Any]]] = {}
+    for path in [*run_dir.glob(f"*/{DONE_FILE}"), *run_dir.glob(f"*/{INPUTS_FILE}")]:
+        noted = json.loads(path.read_text(encoding="utf-8"))
+        for name, values in noted.get("inputs", {} if path.name == DONE_FILE else noted).items():
+            known.setdefault(name, []).append(values)
+    return known
+
+
+def _difference(before: Mapping[str, Any] | None, now: Inputs, context: StageContext) -> str | None:
+    """The first file that differs, in words; None where all are the same."""
+    if before is None:  # a mark of a program that noted nothing
+        return None if context.name not in ("evaluate", "export") else "its inputs were not noted"
+    for name in sorted({*before, *now}):
+        if name not in before:
+            return f"{name} was not there"
+        if name not in now:
+            return f"{name} is gone"
+        if before[name]["sha256"] != now[name]["sha256"]:
+            return f"{name} has changed"
+    return None
+
+
+def _stale(context: StageContext, changed: str) -> ValueError:
+    return ValueError(
+        f"{context.dir} was trained from other weights ({changed} since); delete that folder to "
+        "train it again, or take another run.dir"
+    )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
