@@ -1,9 +1,12 @@
-"""MLflow: what is shipped, and that a dead server costs nothing but a line."""
+"""MLflow: what is shipped, and that a dead server costs nothing but seconds and a line."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 import socket
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,16 +22,26 @@ from pipeline.context import StageContext
 from pipeline.distributed import Ranks
 from pipeline.metrics_log import MetricsLog, read_lines
 from pipeline.schema import RunConfig
-from pipeline.tracking import metric_name, track
+from pipeline.tracking import MANIFEST_TAG, metric_name, track
 
 ENTRY = "convert@mamba2"
 LABEL = "convert_mamba2"
 
 
+@pytest.fixture(scope="module")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database with MLflow's tables: making them takes seconds, copying them none."""
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    MlflowClient(tracking_uri=f"sqlite:///{path}").search_experiments()
+    return path
+
+
 @pytest.fixture
 def make(
-    tmp_path: Path, tiny_overrides: list[str]
+    tmp_path: Path, tiny_overrides: list[str], empty_store: Path
 ) -> Callable[..., tuple[RunConfig, StageContext]]:
+    shutil.copyfile(empty_store, tmp_path / "mlflow.db")
+
     def build(*words: str) -> tuple[RunConfig, StageContext]:
         config = compose(
             [
@@ -53,15 +66,27 @@ def make(
     return build
 
 
-def history(path: Path, run_name: str, metric: str) -> list[tuple[int, float]]:
+def runs_of(path: Path) -> tuple[MlflowClient, dict[str, Any]]:
     client = MlflowClient(tracking_uri=f"sqlite:///{path}/mlflow.db")
     experiment = client.get_experiment_by_name("allmem")
-    (run,) = [
-        run
-        for run in client.search_runs([experiment.experiment_id])
-        if run.info.run_name == run_name
-    ]
-    return [(p.step, p.value) for p in client.get_metric_history(run.info.run_id, metric)]
+    found = client.search_runs([experiment.experiment_id])
+    return client, {run.info.run_name: run for run in found}
+
+
+def artifacts_of(path: Path, run_name: str) -> dict[str, str]:
+    """Contents of a run's artifacts by their names in MLflow."""
+    client, runs = runs_of(path)
+    run_id = runs[run_name].info.run_id
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(client.download_artifacts(run_id, "", folder))
+        files = sorted(file for file in root.rglob("*") if file.is_file())
+        return {str(file.relative_to(root)): file.read_text() for file in files}
+
+
+def history(path: Path, run_name: str, metric: str) -> list[tuple[int, float]]:
+    client, runs = runs_of(path)
+    points = client.get_metric_history(runs[run_name].info.run_id, metric)
+    return [(p.step, p.value) for p in points]
 
 
 def closed_port() -> int:
@@ -94,8 +119,8 @@ def test_a_dead_server_neither_stops_nor_slows_and_is_replayed(
     assert logged < 1.0
     assert time.monotonic() - started < 30
     said = capsys.readouterr().err
-    assert said.count("is not reachable") == 1
-    assert "did not take all metrics" in said
+    assert said.count("does not take what it is sent") == 1
+    assert "did not take everything" in said
 
     config, context = make()  # the same stage, done, with a server that lives
     with track(config, context, resume_only=True):
@@ -149,3 +174,107 @@ def test_torn_last_line_is_left_out(tmp_path: Path):
     assert [line["step"] for _, line in read_lines(path)] == [1, 2]
     MetricsLog(path).truncate_after(1)
     assert path.read_text() == '{"step": 1}\n'
+
+
+def write_files(folder: Path, table: str) -> tuple[Path, Path]:
+    (folder / "evaluate" / "plots").mkdir(parents=True, exist_ok=True)
+    paths = folder / "evaluate" / "table.md", folder / "evaluate" / "plots" / "summary.png"
+    paths[0].write_text(table)
+    paths[1].write_text("picture")
+    return paths
+
+
+def test_files_go_to_the_stage_and_where_asked_to_the_parent(
+    tmp_path: Path, make: Callable[..., Any]
+):
+    config, context = make()
+    table, plot = write_files(tmp_path, "first")
+    with track(config, context):
+        context.artifact(table, on_parent=True)
+        context.artifact(plot, folder="plots")
+    assert artifacts_of(tmp_path, LABEL) == {"table.md": "first", "plots/summary.png": "picture"}
+    parent = "tiny " + tmp_path.name
+    assert artifacts_of(tmp_path, parent) == {f"{LABEL}/table.md": "first"}
+    assert not (Path.cwd() / "mlruns").exists()
+
+    table.write_text("second, after a change")
+    with track(config, context):
+        pass
+    assert artifacts_of(tmp_path, LABEL)["table.md"] == "second, after a change"
+    assert artifacts_of(tmp_path, parent)[f"{LABEL}/table.md"] == "second, after a change"
+
+
+def test_files_that_a_dead_server_did_not_take_are_sent_later(
+    tmp_path: Path, make: Callable[..., Any]
+):
+    config, context = make(f"tracking.uri=http://127.0.0.1:{closed_port()}", "tracking.timeout_s=1")
+    table, plot = write_files(tmp_path, "kept")
+    started = time.monotonic()
+    with track(config, context):
+        context.artifact(table, plot, on_parent=True)
+    assert time.monotonic() - started < 15  # flush_s is 20: it is not waited for
+    plot.unlink()  # what is taken away since does not hold up the rest
+    config, context = make()
+    with track(config, context, resume_only=True):
+        pass
+    assert artifacts_of(tmp_path, LABEL) == {"table.md": "kept"}
+    assert artifacts_of(tmp_path, "tiny " + tmp_path.name) == {f"{LABEL}/table.md": "kept"}
+
+
+def test_a_done_stage_that_is_done_again_without_a_server_is_pending(
+    tmp_path: Path, make: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+):
+    config, context = make()
+    with track(config, context):
+        context.log(1, {"a": 1.0})
+    store = tmp_path / "mlflow.db"
+    store.rename(tmp_path / "away")
+    store.mkdir()  # a place where no database can be opened
+    with track(config, context):
+        context.log(2, {"a": 2.0})
+    assert "did not take everything" in capsys.readouterr().err
+    store.rmdir()
+    (tmp_path / "away").rename(store)
+    with track(config, context, resume_only=True):
+        pass
+    assert history(tmp_path, LABEL, "a") == [(1, 1.0), (2, 2.0)]
+
+
+def test_files_that_the_store_refuses_do_not_hold_up_metrics(
+    tmp_path: Path, make: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+):
+    config, context = make()
+    table, _ = write_files(tmp_path, "kept")
+    (tmp_path / "mlartifacts").write_text("a file where a folder should be")
+    started = time.monotonic()
+    with track(config, context):
+        context.artifact(table)
+        context.log(1, {"a": 1.0})
+    assert time.monotonic() - started < 15
+    assert history(tmp_path, LABEL, "a") == [(1, 1.0)]
+    assert "did not take everything" in capsys.readouterr().err
+    (tmp_path / "mlartifacts").unlink()
+    with track(config, context, resume_only=True):
+        pass
+    assert artifacts_of(tmp_path, LABEL) == {"table.md": "kept"}
+
+
+def test_the_parent_gets_the_headlines_of_an_evaluation_and_the_tag_of_the_data(
+    tmp_path: Path, make: Callable[..., Any]
+):
+    config, context = make()
+    (tmp_path / "prepare").mkdir()
+    (tmp_path / "prepare" / "manifest.json").write_bytes(b"{}")
+    headlines = {
+        "allmem/recall/exact_match_outside_window": 0.5,
+        "swa/overall/loss_beyond_window": 2.0,
+    }
+    with track(config, context):
+        context.log(0, {**headlines, "swa/text/loss": 1.0})
+    parent = "tiny " + tmp_path.name
+    for name, value in headlines.items():
+        assert history(tmp_path, parent, f"{LABEL}/{name}") == [(0, value)]
+    assert history(tmp_path, parent, f"{LABEL}/swa/text/loss") == []
+    _, runs = runs_of(tmp_path)
+    for run in runs.values():
+        assert run.data.tags[MANIFEST_TAG] == hashlib.sha256(b"{}").hexdigest()
