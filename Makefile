@@ -50,7 +50,7 @@ check: $(STAMP)  ## lint, format, types, import contracts
 	$(BIN)/lint-imports
 
 test: $(STAMP)  ## the default tests (CPU)
-	$(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --dist loadfile
 
 test-slow: $(STAMP)  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
