@@ -5,6 +5,7 @@ Shape letters: `B` sequences, `T` tokens of a sequence, `N` packed documents.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -77,10 +78,10 @@ def split_over_ranks(
     """Sequences per forward pass of one rank, for each phase of a stage.
 
     Raises:
-        ValueError: a batch does not split over the ranks or into as many passes as the first
-            phase's.
+        ValueError: a batch does not split over the ranks, or `micro_batch_size` (of the first
+            phase; the others' follow from the number of passes) does not suit all phases.
     """
-    splits: list[RankSplit] = []
+    shares: list[int] = []
     for settings in phases:
         per_rank, rest = divmod(settings.batch_size, world_size)
         if rest:
@@ -88,24 +89,22 @@ def split_over_ranks(
                 f"{stage}.batch_size={settings.batch_size} does not split over {world_size} ranks; "
                 f"set {stage}.batch_size={(per_rank + 1) * world_size}"
             )
-        if splits:
-            passes = splits[0].num_micro_batches
-            if per_rank % passes:
-                raise ValueError(
-                    f"{stage}.phases: batch_size={settings.batch_size} leaves a rank {per_rank} "
-                    f"sequences, which do not split into the {passes} passes of the first phase; "
-                    f"set it to a multiple of {passes * world_size}"
-                )
-            splits.append(RankSplit(per_rank // passes, passes))
-            continue
-        micro = settings.micro_batch_size or per_rank
-        if per_rank % micro:
-            raise ValueError(
-                f"{stage}.micro_batch_size={micro} does not divide the {per_rank} sequences of a "
-                f"rank; set {stage}.micro_batch_size=1 or a divisor of {per_rank}"
-            )
-        splits.append(RankSplit(micro, per_rank // micro))
-    return splits
+        shares.append(per_rank)
+    micro = phases[0].micro_batch_size or shares[0]
+    most = math.gcd(*shares)  # passes that every phase's share can be cut into
+    if shares[0] % micro or most % (shares[0] // micro):
+        possible = [shares[0] // p for p in range(most, 0, -1) if most % p == 0]
+        raise ValueError(
+            f"{stage}.micro_batch_size={micro} does not cut the {_listed(shares)} sequences that a "
+            f"rank has in a step into equally many passes; set {stage}.micro_batch_size to "
+            f"{' or '.join(map(str, possible))}"
+        )
+    passes = shares[0] // micro
+    return [RankSplit(share // passes, passes) for share in shares]
+
+
+def _listed(shares: Sequence[int]) -> str:
+    return " and ".join(str(share) for share in dict.fromkeys(shares))
 
 
 def split_batch(

@@ -202,8 +202,8 @@ class Engine:
         if not (math.isfinite(totals[0]) and math.isfinite(grad_norm)):
             raise FloatingPointError(
                 f"the loss is {totals[0]} and the gradient norm {grad_norm}; lower the stage's lr "
-                "or mixer.memory.eta_init, or set mixer.memory.clip=1, and resume from the last "
-                "checkpoint"
+                "or mixer.memory.eta_init, or set mixer.memory.clip=1, and give it another run.dir "
+                "or delete the stage's folder: checkpoints go on with their own settings only"
             )
         return StepResult(
             loss=totals[0],

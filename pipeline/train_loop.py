@@ -206,7 +206,7 @@ class _Trainer:
                 before = time.perf_counter()
                 self._save()
                 last_time += time.perf_counter() - before
-            if stop and self.step < steps:
+            if stop:  # in the last step too: the stages after this one are not to begin
                 raise StopRequested(
                     f"{self.context.entry} stopped after step {self.step}; the same command goes on"
                 )

@@ -70,7 +70,8 @@ class TrainSettings:
     """Sequences of one step, over all ranks."""
 
     micro_batch_size: int | None = None
-    """Sequences of one forward pass on a rank; default: the step's whole share of the rank."""
+    """Sequences of one forward pass on a rank (in the first phase; the other phases take as many
+    passes a step); default: the step's whole share of the rank."""
 
     seq_length: int | None = None
     """Tokens of a sequence; shorter than the shards' keeps the first ones. Default: the shards'."""

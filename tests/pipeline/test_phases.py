@@ -77,8 +77,11 @@ def test_batches_of_all_phases_split_into_the_same_number_of_passes() -> None:
         RankSplit(2, 1),
         RankSplit(6, 1),
     ]
-    with pytest.raises(ValueError, match="set it to a multiple of 4"):
+    assert split_over_ranks("convert", phases(8, 4, 2), 1) == [RankSplit(2, 4), RankSplit(1, 4)]
+    with pytest.raises(ValueError, match=r"cut the 16 and 6 sequences.*to 8 or 16$"):
         split_over_ranks("pretrain", phases(16, 6, 4), 1)
+    with pytest.raises(ValueError, match=r"micro_batch_size=1 does not .* to 2 or 4 or 8$"):
+        split_over_ranks("convert", phases(8, 4, 1), 1)
     with pytest.raises(ValueError, match="does not split over 3 ranks"):
         split_over_ranks("pretrain", phases(16, 8, None), 3)
 
