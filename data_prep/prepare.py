@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.config import PrepareConfig, config_hash, to_dict
+from data_prep.config import PrepareConfig, to_dict
 from data_prep.shards import (
     MANIFEST_NAME,
     SCHEMA_VERSION,
     Manifest,
     ShardRecord,
-    describe_shard,
+    file_sha256,
     shard_name,
     write_atomic,
     write_shard,
@@ -51,7 +51,8 @@ def prepare_shards(
     """Writes `out_dir/{train,eval}/shard-00000.tar …` and `manifest.json`, and gives the manifest.
 
     Can be killed at any moment and called again: finished shards are kept, and the bytes are those
-    of an uninterrupted run. Where everything is there already, nothing is read or written.
+    of an uninterrupted run. Where everything is there already, shards are only read to compare
+    their SHA-256; missing and damaged ones are written again.
 
     Args:
         config: what to prepare.
@@ -67,14 +68,9 @@ def prepare_shards(
     out_path = Path(out_dir)
     if not config.sources:
         raise ValueError("sources is empty; give at least one entry in data.sources")
-    identity: dict[str, Any] = {
-        "schema_version": SCHEMA_VERSION,
-        "config_hash": config.fingerprint(),
-        "tokenizer_hash": tokenizer_hash(tokenizer),
-    }
-    done = _finished(out_path, identity)
-    if done is not None:
-        return done
+    identity = _identity(config, tokenizer)
+    if _what_is_missing(out_path, identity, verify=True) is None:
+        return Manifest.load(out_path)
     fillers: FillerCache = {}
     shares = {split: share_samples(config, split) for split in SPLITS}
     sources = {
@@ -120,18 +116,50 @@ def prepare_shards(
     return manifest
 
 
-def _finished(out_path: Path, identity: dict[str, Any]) -> Manifest | None:
-    """The manifest of a folder that is complete for this configuration."""
+def what_is_missing(
+    config: PrepareConfig,
+    out_dir: str | Path,
+    *,
+    tokenizer: TokenizerLike,
+    verify: bool = False,
+) -> str | None:
+    """Why `prepare_shards` would have to write, in words; None where the folder is complete.
+
+    Args:
+        config: what was to be prepared.
+        out_dir: folder of the shards.
+        tokenizer: the fast tokenizer that they must be made by.
+        verify: compare each shard's SHA-256 too, which reads it all; otherwise only its size.
+
+    Raises:
+        ValueError: out_dir holds shards of another configuration or tokenizer.
+    """
+    return _what_is_missing(Path(out_dir), _identity(config, tokenizer), verify=verify)
+
+
+def _identity(config: PrepareConfig, tokenizer: TokenizerLike) -> dict[str, Any]:
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "config_hash": config.fingerprint(),
+        "tokenizer_hash": tokenizer_hash(tokenizer),
+    }
+
+
+def _what_is_missing(out_path: Path, identity: dict[str, Any], *, verify: bool) -> str | None:
     if not (out_path / MANIFEST_NAME).is_file():
-        return None
+        return f"{MANIFEST_NAME} is missing"
     manifest = Manifest.load(out_path)
     if {name: getattr(manifest, name) for name in identity} != identity:
         raise _other_configuration(out_path)
     for record in (record for records in manifest.splits.values() for record in records):
         file = out_path / record.path
-        if not file.is_file() or file.stat().st_size != record.num_bytes:
-            return None  # write again what is missing
-    return manifest
+        if not file.is_file():
+            return f"{record.path} is missing"
+        if file.stat().st_size != record.num_bytes:
+            return f"{record.path} has another size"
+        if verify and file_sha256(file) != record.sha256:
+            return f"{record.path} is damaged"
+    return None
 
 
 def _other_configuration(out_path: Path) -> ValueError:
@@ -181,7 +209,9 @@ def _write_split(
         if record is None:
             chosen = order[plan.first : plan.first + plan.count]
             samples = (source.sample(int(i)) for i in chosen)
+            _record_path(path).unlink(missing_ok=True)  # it speaks of other bytes
             record = write_shard(path, samples, first_key=key, source=source.name, kind=source.kind)
+            _save_record(path, record)
         records.append(record)
         key += plan.count
         if progress is not None:
@@ -189,15 +219,33 @@ def _write_split(
     return tuple(records)
 
 
+def _record_path(shard: Path) -> Path:
+    return shard.with_name(shard.name + ".json")
+
+
 def _existing(path: Path, source: SampleSource, count: int) -> ShardRecord | None:
-    """The record of a shard that an earlier run finished; a damaged one is written again."""
-    if not path.exists():
+    """The record of a shard that an earlier run finished; a damaged one is written again.
+
+    The record is written after its shard: without one, or with other bytes than it says, nothing
+    tells that the shard is what was to be written.
+    """
+    file = _record_path(path)
+    if not path.is_file() or not file.is_file():
         return None
     try:
-        record = describe_shard(path, source=source.name, kind=source.kind)
-    except ValueError:
+        record = ShardRecord(**json.loads(file.read_bytes()))
+    except (ValueError, TypeError):
         return None
-    return record if record.num_samples == count else None
+    planned = (source.name, source.kind, count)
+    if (record.source, record.kind, record.num_samples) != planned:
+        return None
+    whole = path.stat().st_size == record.num_bytes and file_sha256(path) == record.sha256
+    return record if whole else None
+
+
+def _save_record(path: Path, record: ShardRecord) -> None:
+    text = json.dumps(dataclasses.asdict(record), sort_keys=True) + "\n"
+    write_atomic(_record_path(path), text.encode())
 
 
 def _order(source: SampleSource, count: int, seed: int, split: str) -> NDArray[np.int64]:
@@ -247,12 +295,6 @@ def _count(source: SampleSource, wanted: int | None, split: str) -> int:
             f"data.{split}_samples or its weight, or give it more text"
         )
     return wanted
-
-
-def plan_hash(config: PrepareConfig, tokenizer: TokenizerLike) -> str:
-    """A short name for (configuration, tokenizer), for folders shared between runs."""
-    plain = {"config": config.fingerprint(), "tokenizer": tokenizer_hash(tokenizer)}
-    return config_hash(plain)[:16]
 
 
 def summary(manifest: Manifest) -> list[dict[str, Any]]:

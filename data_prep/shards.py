@@ -270,18 +270,6 @@ def read_sample(stream: io.BufferedReader, parts: dict[str, tuple[int, int]], wh
     return decode_sample(members, where)
 
 
-def describe_shard(path: Path, *, source: str, kind: str) -> ShardRecord:
-    """The record of a finished shard, by reading it.
-
-    Raises:
-        ValueError: the file is not whole.
-    """
-    counts = _Counts()
-    for sample in read_shard(path):
-        counts.add(sample.loss_mask, sample.meta)
-    return counts.record(path, source, kind, file_sha256(path), path.stat().st_size)
-
-
 def file_sha256(path: Path) -> str:
     """SHA-256 (hex) of a file."""
     with open(path, "rb") as stream:

@@ -4,6 +4,9 @@ A stage is made from the base model's files, from checkpoints of stages before i
 `evaluate`, from the shards. Their SHA-256 stands in the mark. Where a file has changed since,
 `evaluate` and `export` are done again; a training stage is refused, because its weights are not
 thrown away without being asked. Files of the same size and date are not read again.
+
+`prepare` is complete only while its shards are there, made by the tokenizer of today; asked for by
+name (`stage=prepare`), every shard is read and compared, and a damaged one is written again.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from data_prep.prepare import what_is_missing
 from data_prep.shards import MANIFEST_NAME
 from pipeline.checkpoint import (
     MODEL_FILE,
@@ -29,6 +33,7 @@ from pipeline.evaluation import find_weights
 from pipeline.fingerprint import digest
 from pipeline.lineage import lineage
 from pipeline.schema import TRAINING_STAGES, RunConfig
+from pipeline.tokenizer import check_tokenizer, open_tokenizer
 
 INPUTS_FILE = "inputs.json"
 """What an unfinished training stage is made from, in its folder."""
@@ -40,11 +45,11 @@ Inputs = dict[str, dict[str, Any]]
 def is_done(config: RunConfig, context: StageContext) -> bool:
     """Whether the stage is complete with this configuration and with what is there to start from.
 
-    A mark of `evaluate` or `export` that no longer holds is deleted.
+    A mark of `prepare`, `evaluate` or `export` that no longer holds is deleted.
 
     Raises:
         ValueError: a training stage is complete with another configuration, or was trained from
-            weights that have changed.
+            weights that have changed; the shards were made by another tokenizer.
     """
     done = context.dir / DONE_FILE
     if not done.is_file():
@@ -55,7 +60,10 @@ def is_done(config: RunConfig, context: StageContext) -> bool:
             refuse_other_config(context.dir, mark["config"], context.fingerprint)
         done.unlink()
         return False
-    changed = _difference(mark.get("inputs"), inputs_of(config, context), context)
+    if context.name == "prepare":
+        changed = _missing_shard(config, context)
+    else:
+        changed = _difference(mark.get("inputs"), inputs_of(config, context), context)
     if changed is None:
         return True
     if context.name in TRAINING_STAGES:
@@ -65,12 +73,24 @@ def is_done(config: RunConfig, context: StageContext) -> bool:
     return False
 
 
+def _missing_shard(config: RunConfig, context: StageContext) -> str | None:
+    return what_is_missing(
+        config.data,
+        context.data_dir,
+        tokenizer=open_tokenizer(config),
+        verify=config.stage.name == "prepare",
+    )
+
+
 def start(config: RunConfig, context: StageContext) -> Inputs:
     """What the stage is about to be made from; a training stage goes on only from the same.
 
     Raises:
-        ValueError: the stage has checkpoints that were trained from other weights.
+        ValueError: the stage has checkpoints that were trained from other weights, or the shards
+            were made by another tokenizer than the run's.
     """
+    if context.name in (*TRAINING_STAGES, "export"):
+        check_tokenizer(config, context.data_dir)
     inputs = inputs_of(config, context)
     if context.name not in ("prepare", "evaluate"):
         for entry in lineage(config, branch=context.branch, before=context.entry):

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 
 from data_prep.prepare import prepare_shards, summary
 from data_prep.shards import MANIFEST_NAME, Manifest
-from data_prep.tokenizer import load_tokenizer
-from pipeline.config import resolve_path
 from pipeline.context import StageContext
 from pipeline.distributed import on_main
-from pipeline.models import base_path, check_base
+from pipeline.models import check_base
 from pipeline.schema import RunConfig
+from pipeline.tokenizer import open_tokenizer
 from pipeline.wording import count
 
 
@@ -27,25 +25,10 @@ def run(config: RunConfig, context: StageContext) -> None:
     on_main(context.ranks, lambda: _prepare(config, context))
 
 
-def tokenizer_path(config: RunConfig) -> Path:
-    """`data.tokenizer`, or the base model's own.
-
-    Raises:
-        ValueError: neither is given, or there is no base model at `model.path`.
-    """
-    given = resolve_path(config.data.tokenizer) if config.data.tokenizer else base_path(config)
-    if given is None:
-        raise ValueError(
-            "data.tokenizer is not given and the model has no path; set data.tokenizer to a folder "
-            "with tokenizer.json (python -m data_prep.tokenizer train makes one)"
-        )
-    return given
-
-
 def _prepare(config: RunConfig, context: StageContext) -> None:
     started = time.perf_counter()
     check_base(config)
-    tokenizer = load_tokenizer(tokenizer_path(config))
+    tokenizer = open_tokenizer(config)
     with context.reporter.progress(f"{context.entry}:", None) as advance:
         manifest = prepare_shards(
             config.data,

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from data_prep.config import PrepareConfig, RecallConfig, SourceConfig
-from data_prep.prepare import prepare_shards, summary
+from data_prep.prepare import prepare_shards, summary, what_is_missing
 from data_prep.shards import Manifest, read_shard
 from data_prep.tokenize import encode_text
 from data_prep.tokenizer import load_tokenizer
@@ -137,22 +137,58 @@ def test_bytes_after_sigkill_are_those_of_a_whole_run(
         os.kill(process.pid, signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
         assert not (killed / "manifest.json").exists()
-    kept = {p: p.stat().st_mtime_ns for p in killed.glob("*/*.tar")}
+    recorded = [p.with_suffix("") for p in killed.glob("*/*.tar.json")]
+    assert len(recorded) >= 3  # at most the last shard of a run lacks its record
+    kept = {p: p.stat().st_mtime_ns for p in recorded}
     (killed / "train" / "shard-00007.tar.partial").write_bytes(b"half")
     prepare_shards(demo_config(tokenizer_dir), killed, tokenizer=tokenizer)
     assert all(p.stat().st_mtime_ns == stamp for p, stamp in kept.items())
     assert files_of(killed) == files_of(whole)
 
 
+def flip_byte(file: Path) -> None:
+    """Change a token of the first sample: still a whole tar file with as many samples."""
+    data = bytearray(file.read_bytes())
+    data[512 + 128 + 4] ^= 1
+    file.write_bytes(data)
+    assert len(list(read_shard(file))) > 0
+
+
+def test_what_is_missing_is_named(tokenizer: Any, tokenizer_dir: Path, tmp_path: Path) -> None:
+    config = demo_config(tokenizer_dir)
+
+    def missing(verify: bool) -> str | None:
+        return what_is_missing(config, tmp_path, tokenizer=tokenizer, verify=verify)
+
+    assert missing(False) == "manifest.json is missing"
+    prepare_shards(config, tmp_path, tokenizer=tokenizer)
+    assert missing(True) is None
+    shard = tmp_path / "train" / "shard-00001.tar"
+    flip_byte(shard)
+    assert missing(False) is None
+    assert missing(True) == "train/shard-00001.tar is damaged"
+    shard.write_bytes(b"")
+    assert missing(False) == "train/shard-00001.tar has another size"
+    shard.unlink()
+    assert missing(False) == "train/shard-00001.tar is missing"
+
+
+@pytest.mark.parametrize("finished", [True, False])
 def test_lost_and_damaged_shards_are_written_again(
-    tokenizer: Any, tokenizer_dir: Path, tmp_path: Path
+    tokenizer: Any, tokenizer_dir: Path, tmp_path: Path, finished: bool
 ) -> None:
     config = demo_config(tokenizer_dir)
     manifest = prepare_shards(config, tmp_path, tokenizer=tokenizer)
     before = files_of(tmp_path)
-    (tmp_path / manifest.splits["train"][2].path).unlink()
-    damaged = tmp_path / manifest.splits["train"][3].path
-    damaged.write_bytes(damaged.read_bytes()[:3000])
+    shards = [tmp_path / record.path for record in manifest.splits["train"]]
+    flip_byte(shards[0])
+    flip_byte(shards[1])
+    shards[1].with_name(shards[1].name + ".json").unlink()  # killed between shard and record
+    shards[2].unlink()
+    shards[3].write_bytes(shards[3].read_bytes()[:3000])
+    (tmp_path / "eval" / "shard-00000.tar.json").write_bytes(b"{")
+    if not finished:
+        (tmp_path / "manifest.json").unlink()
     assert prepare_shards(config, tmp_path, tokenizer=tokenizer) == manifest
     assert files_of(tmp_path) == before
 

@@ -164,3 +164,62 @@ def test_the_last_lines_say_where_everything_is(
         assert word not in done.stderr
     again = cli(*words)
     assert again.stdout == done.stdout
+
+
+def shards_of(run_dir: Path) -> dict[str, bytes]:
+    folder = run_dir / "prepare"
+    files = [*folder.glob("*/shard-*"), folder / "manifest.json"]
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
+
+
+def test_lost_and_damaged_shards_are_mended(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    run_dir = tmp_path / "run"
+    words = [*words, "stages=[prepare,pretrain]"]
+    assert main([*words, "stage=all"]) == 0
+    before = shards_of(run_dir)
+    shard = run_dir / "prepare" / "train" / "shard-00000.tar"
+    shard.unlink()
+    capsys.readouterr()
+    assert main([*words, "stage=all"]) == 0
+    err = capsys.readouterr().err
+    assert "prepare: again, because train/shard-00000.tar is missing" in err
+    assert "pretrain: already complete" in err
+    assert shards_of(run_dir) == before
+
+    content = bytearray(shard.read_bytes())
+    content[512 + 128 + 4] ^= 1
+    shard.write_bytes(content)
+    shutil.rmtree(run_dir / "pretrain")
+    assert main([*words, "stage=pretrain"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "does not match the manifest's sha256; delete it and run stage=prepare again" in error
+    assert main([*words, "stage=prepare"]) == 0
+    assert "prepare: again, because train/shard-00000.tar is damaged" in capsys.readouterr().err
+    assert shards_of(run_dir) == before
+    assert main([*words, "stage=prepare"]) == 0
+    assert "prepare: already complete" in capsys.readouterr().err
+
+
+def test_a_tokenizer_that_was_replaced_is_noticed(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    given = next(word for word in words if word.startswith("data.tokenizer="))
+    folder = tmp_path / "tokenizer"
+    shutil.copytree(given.split("=")[1].strip("'"), folder)
+    words = [*words, f"data.tokenizer='{folder}'", "stages=[prepare,pretrain,export]"]
+    assert main([*words, "stage=prepare"]) == 0
+    template = folder / "chat_template.jinja"
+    former = template.read_text(encoding="utf-8")
+    template.write_text("x" + former, encoding="utf-8")
+    for stage, why in (
+        ("prepare", "another configuration, tokenizer or text; name another run.dir or"),
+        ("pretrain", "were made with another tokenizer than"),
+        ("export", "put the former one back, or take another run.dir"),
+    ):
+        capsys.readouterr()
+        assert main([*words, f"stage={stage}"]) == 2
+        assert why in capsys.readouterr().err.splitlines()[-1]
+    template.write_text(former, encoding="utf-8")
+    assert main([*words, "stage=all"]) == 0
