@@ -11,7 +11,6 @@ import dataclasses
 import difflib
 import importlib.util
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -25,7 +24,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from allmem_hf.configuration_allmem import AllMemConfig
-from allmem_hf.files import save_tensors
+from allmem_hf.files import replace_folder, restore_folder, save_tensors, sync
 from allmem_hf.modeling_allmem import AllMemForCausalLM
 
 # Module of this project -> module beside the exported weights.
@@ -120,6 +119,7 @@ def export_model(
     config = build_config(base_config, memory_config, mixer)
     shapes = _checked_shapes(config, tensors)
     files = [Path(file) for file in tokenizer_files]
+    restore_folder(out)
     _check_files(out, files)
     with _replacing(out) as partial:
         for module, name in SHIPPED.items():
@@ -274,17 +274,14 @@ def _check_files(out: Path, files: list[Path]) -> None:
 def _replacing(out: Path) -> Iterator[Path]:
     """A new folder beside `out` that takes its name when the block ends without an error."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial, old = out.parent / f".{out.name}.partial", out.parent / f".{out.name}.old"
-    if old.exists() and not out.exists():  # killed between the two renames below
-        old.rename(out)
-    for stale in (partial, old):
-        if stale.exists():
-            shutil.rmtree(stale)
+    partial = out.parent / f".{out.name}.partial"
+    if partial.exists():
+        shutil.rmtree(partial)
     partial.mkdir()
     try:
         yield partial
         for path in (*partial.iterdir(), partial):
-            _fsync(path)
+            sync(path)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise OSError(
@@ -294,19 +291,7 @@ def _replacing(out: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    if out.exists():
-        out.rename(old)
-    partial.rename(out)
-    _fsync(out.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    replace_folder(partial, out)
 
 
 def _write_weights(

@@ -8,6 +8,7 @@ The base model's parameters keep their Hugging Face names, and each layer has it
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -87,12 +88,22 @@ class AllMemPreTrainedModel(PreTrainedModel):
         elif isinstance(module, AllMemBranch):
             init.zeros_(module.alpha)
             init.normal_(module.o_proj.weight, std=0.02)
+            for proj in (module.q_proj, module.k_proj, module.v_proj):
+                init.normal_(proj.weight, std=proj.in_features**-0.5)
             if isinstance(module, AllMemMemory):
                 for fast in (module.fast_gate, module.fast_up, module.fast_down):
                     init.normal_(fast, std=fast.shape[-1] ** -0.5)
                 init.constant_(module.eta_proj.bias, eta_bias(module.config.eta_init))
+                for proj in (module.eta_proj, module.mu_proj):  # close to their bias at the start
+                    init.normal_(proj.weight, std=0.1 * proj.in_features**-0.5)
             elif isinstance(module, AllMemMamba2):
-                init.zeros_(module.a_log)
+                init.normal_(module.dt_proj.weight, std=0.1 * module.dt_proj.in_features**-0.5)
+                rates = torch.empty_like(module.a_log, dtype=torch.float32).uniform_(1, 16)
+                init.copy_(module.a_log, rates.log())
+                low, high = math.log(1e-3), math.log(1e-1)  # dt log-uniform between 0.001 and 0.1
+                dt = torch.empty_like(module.dt_proj.bias, dtype=torch.float32)
+                dt = dt.uniform_(low, high).exp()
+                init.copy_(module.dt_proj.bias, dt + torch.log(-torch.expm1(-dt)))
                 init.ones_(module.d_skip)
 
 

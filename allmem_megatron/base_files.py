@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +13,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from allmem_hf.files import save_tensors
+from allmem_hf.files import replace_folder, restore_folder, save_tensors, sync
 from allmem_megatron.config import BaseModelConfig
 from allmem_megatron.gguf_file import read_gguf
 
@@ -144,6 +143,7 @@ def load_base(path: str | Path) -> BaseCheckpoint:
 
 
 def _hf_config(directory: Path) -> dict[str, Any]:
+    restore_folder(directory)
     if not (directory / "config.json").is_file():
         raise ValueError(
             f"{directory} has no config.json; give a Hugging Face model directory or a .gguf file"
@@ -195,9 +195,9 @@ def save_hf_dir(
         for file in tokenizer_files:
             shutil.copyfile(file, scratch / file.name)
         for file in scratch.iterdir():
-            _sync(file)
-        _sync(scratch)
-        _replace(scratch, path)
+            sync(file)
+        sync(scratch)
+        replace_folder(scratch, path)
     except (OSError, SafetensorError) as error:
         raise OSError(
             f"cannot save a model to {path}: {error}; free or choose a disk with room and save"
@@ -235,21 +235,3 @@ def _write_shards(directory: Path, tensors: Mapping[str, Tensor], max_bytes: int
         _write_json(
             directory / _INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map}
         )
-
-
-def _replace(scratch: Path, path: Path) -> None:
-    old = path.parent / f"{scratch.name}.old"
-    if path.exists():
-        path.rename(old)
-    scratch.rename(path)
-    _sync(path.parent)
-    if old.exists():
-        shutil.rmtree(old)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

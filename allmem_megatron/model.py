@@ -172,11 +172,6 @@ class AllMemGPTModel(GPTModel):
         """(name, parameter) of the branch, alpha included; nothing for branch "none"."""
         return ((n, p) for n, p in self.named_parameters() if _BRANCH_PREFIX in n)
 
-    def freeze_base(self) -> None:
-        """Takes the base model out of training; the branch stays trainable."""
-        for _, parameter in self.base_parameters():
-            parameter.requires_grad_(False)
-
     def align_losses(self) -> list[Tensor]:
         """Every layer's loss of the last forward pass in mode "align"; the call clears them.
 

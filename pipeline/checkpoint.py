@@ -21,7 +21,7 @@ import safetensors
 from safetensors.torch import load_file
 from torch import Tensor
 
-from allmem_hf.files import save_tensors
+from allmem_hf.files import OLD_SUFFIX, replace_folder, restore_folders, save_tensors, sync
 
 FORMAT_VERSION = 1
 STATE_FILE = "state.json"
@@ -52,7 +52,8 @@ class Checkpoint:
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a temporary neighbour, flush it, and rename it to `path`.
 
-    Works for files and for folders. A folder that stands at `path` is put aside first.
+    Works for files and for folders. A folder that stands at `path` is `.NAME.old` for a moment;
+    `complete_checkpoints` and `remove_unfinished` put it back after a kill in that moment.
 
     Raises:
         OSError: the disk is full or not writable; nothing is left behind, `path` is as it was.
@@ -65,29 +66,16 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         if temporary.is_dir():
             for file in sorted(temporary.rglob("*")):
                 if file.is_file():
-                    _flush(file)
-        _flush(temporary)
-        if path.is_dir():
-            aside = path.parent / f"{_UNFINISHED}old-{path.name}-{os.getpid()}"
-            remove(aside)
-            path.rename(aside)
-            temporary.rename(path)
-            remove(aside)
+                    sync(file)
+        sync(temporary)
+        if temporary.is_dir():
+            replace_folder(temporary, path)
         else:
             temporary.replace(path)
-        _flush(path.parent)
+            sync(path.parent)
     except (OSError, safetensors.SafetensorError) as error:
         remove(temporary)
         raise disk_error(error, path) from error
-
-
-def _flush(path: Path) -> None:
-    """Make the operating system write a file, or a folder's list of names, to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def disk_error(error: Exception, path: Path) -> OSError:
@@ -131,10 +119,12 @@ def remove(path: Path) -> None:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Delete what killed processes left behind."""
+    """Delete what killed processes left behind; a folder that lost its name gets it back."""
     if folder.is_dir():
-        for path in folder.glob(f"{_UNFINISHED}*"):
-            remove(path)
+        restore_folders(folder)
+        for pattern in (f"{_UNFINISHED}*", f".*{OLD_SUFFIX}"):
+            for path in folder.glob(pattern):
+                remove(path)
 
 
 def save_checkpoint(
@@ -172,6 +162,7 @@ def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def complete_checkpoints(folder: Path) -> list[Path]:
     """Whole checkpoints, the oldest first."""
+    restore_folders(folder)
     found = sorted(folder.glob("step_*")) if folder.is_dir() else []
     return [path for path in found if (path / STATE_FILE).is_file()]
 
@@ -209,9 +200,17 @@ def load_checkpoint(path: Path, *, with_optimizer: bool = True) -> Checkpoint:
 def refuse_other_config(path: Path, stored: Mapping[str, Any], current: Mapping[str, Any]) -> None:
     """Compare two flat configurations.
 
+    Earlier programs noted `parallel.device` and an unresolved `parallel.dtype`: their `auto` counts
+    as what it meant on that device, and as float32 where the device was `auto` too.
+
     Raises:
         ValueError: they differ; the message names the first differing key with both values.
     """
+    stored = dict(stored)
+    if "parallel.device" in stored and "parallel.device" not in current:
+        device = stored.pop("parallel.device")
+        if stored.get("parallel.dtype") == "auto":
+            stored["parallel.dtype"] = "bfloat16" if device == "cuda" else "float32"
     for key in sorted({*stored, *current}):
         before, now = stored.get(key, "(not set)"), current.get(key, "(not set)")
         if before != now:

@@ -2,8 +2,9 @@
 
 A subject is one row of the table: a mixer or a control, on the model of one branch. Finished
 subjects are kept in `evaluate/partial/NAME.json` under a key made of everything that decides their
-numbers, so that a killed evaluation goes on with the next one, and a changed setting, checkpoint or
-commit measures anew.
+numbers, so that a killed evaluation goes on with the next one, and a changed setting, checkpoint,
+commit, dtype or device measures anew. Rows are kept only under a commit that names the whole
+program: with changed files (`+` behind it) or outside a repository (`unknown`) all are measured.
 """
 
 from __future__ import annotations

@@ -11,6 +11,8 @@ import hashlib
 import json
 from typing import Any
 
+import torch
+
 from pipeline.config import flatten, split_entry, to_plain
 from pipeline.lineage import branch_of, lineage
 from pipeline.schema import TRAINING_STAGES, RunConfig
@@ -28,8 +30,18 @@ _FREE = frozenset(
 """Keys of a training section that do not decide its result."""
 
 
-def fingerprint(config: RunConfig, entry: str) -> dict[str, Any]:
-    """Flat `{key: value}` of all that decides the result of a stage entry."""
+def fingerprint(
+    config: RunConfig, entry: str, *, dtype: torch.dtype, device: torch.device
+) -> dict[str, Any]:
+    """Flat `{key: value}` of all that decides the result of a stage entry.
+
+    Args:
+        config: the run's configuration.
+        entry: the stage, `convert` or `convert@mamba2`.
+        dtype: what `parallel.dtype` comes to (`pipeline.models.choose_dtype`), because `auto` is
+            not the same everywhere.
+        device: where the stage computes; counts for `evaluate` alone, which measures speed.
+    """
     name, _ = split_entry(entry)
     branch = branch_of(config, entry)
     plain = to_plain(config)
@@ -37,7 +49,7 @@ def fingerprint(config: RunConfig, entry: str) -> dict[str, Any]:
     if name == "prepare":
         return flatten(chosen)
     chosen["run"] = {"seed": config.run.seed}
-    chosen["parallel"] = {"dtype": config.parallel.dtype, "device": config.parallel.device}
+    chosen["parallel"] = {"dtype": str(dtype).removeprefix("torch.")}
     if name != "pretrain":
         chosen["mixer"] = {**plain["mixer"], "branch": branch}
     if name in TRAINING_STAGES and name != "pretrain":
@@ -53,6 +65,7 @@ def fingerprint(config: RunConfig, entry: str) -> dict[str, Any]:
         chosen["stages"] = list(config.stages)
         if name == "evaluate":
             chosen["eval"] = plain["eval"]
+            chosen["parallel"]["device"] = device.type
     for section in sections:
         values = plain[section]
         chosen[section] = {key: value for key, value in values.items() if key not in _FREE}

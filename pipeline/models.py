@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from allmem_hf.files import restore_folder
 from allmem_megatron.base_files import TOKENIZER_FILES, read_base_config
 from allmem_megatron.config import BaseModelConfig
 from allmem_megatron.convert import BaseCheckpoint, load_base, load_base_into
@@ -51,6 +52,7 @@ def base_path(config: RunConfig) -> Path | None:
     if config.model.path is None:
         return None
     path = resolve_path(config.model.path)
+    restore_folder(path)
     if not path.exists():
         name = path.parent.name
         fetched = name in SOURCES and path.name == "model.gguf"
@@ -117,6 +119,7 @@ def load_model(
     branch: str,
     device: torch.device,
     before: str | None = None,
+    any_dtype: bool = False,
 ) -> AllMemGPTModel:
     """Build a model and fill it with the base's weights and those of the stages before.
 
@@ -126,6 +129,7 @@ def load_model(
         branch: `none`, `allmem` or `mamba2`.
         device: where the model goes.
         before: the entry that asks; stages from it on are left out. Default: all stages count.
+        any_dtype: accept stages that were trained in another dtype, and are not trained on.
 
     Raises:
         ValueError: a stage before has no checkpoint yet, or one of another configuration.
@@ -133,11 +137,12 @@ def load_model(
     base = open_base(config)
     sizes = config.model.scratch if base is None else base.config
     assert sizes is not None
+    dtype = choose_dtype(config.parallel, device)
     model = build_model(
         sizes,
         branch=branch,
         memory=None if branch == "none" else config.mixer.memory,
-        dtype=choose_dtype(config.parallel, device),
+        dtype=dtype,
         seed=config.run.seed,
         recompute=config.parallel.recompute,
         embedding_std=config.model.embedding_std,
@@ -153,7 +158,11 @@ def load_model(
             )
         saved = load_checkpoint(path, with_optimizer=False)
         if "config" in saved.state:
-            refuse_other_config(path, saved.state["config"], fingerprint(config, entry))
+            stored = dict(saved.state["config"])
+            current = fingerprint(config, entry, dtype=dtype, device=device)
+            if any_dtype:
+                stored["parallel.dtype"] = current["parallel.dtype"]
+            refuse_other_config(path, stored, current)
         load_weights(model, saved.model)
         if entry == "pretrain" and branch != "none" and config.mixer.memory.init_from_base:
             memory_from_base(model)

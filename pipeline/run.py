@@ -132,12 +132,14 @@ def _run_stage(config: RunConfig, entry: str, run_dir: Path, ranks: Any) -> None
     from pipeline.fingerprint import fingerprint
     from pipeline.lineage import branch_of
     from pipeline.metrics_log import MetricsLog
+    from pipeline.models import choose_dtype
     from pipeline.tracking import track
     from pipeline.wording import duration
 
     name, _ = split_entry(entry)
     folder = run_dir / folder_name(entry)
     settings = run_dir / "configs" / f"{folder.name}.json"
+    dtype = choose_dtype(config.parallel, ranks.device)
     context = StageContext(
         entry=entry,
         branch=branch_of(config, entry),
@@ -145,7 +147,7 @@ def _run_stage(config: RunConfig, entry: str, run_dir: Path, ranks: Any) -> None
         ranks=ranks,
         reporter=Reporter(enabled=ranks.is_main, every_s=config.run.log_every_s),
         metrics=MetricsLog(folder / "metrics.jsonl", enabled=ranks.is_main),
-        fingerprint=fingerprint(config, entry),
+        fingerprint=fingerprint(config, entry, dtype=dtype, device=ranks.device),
         commit=commit(),
     )
     if on_main(ranks, lambda: is_done(config, context)):

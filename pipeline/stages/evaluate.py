@@ -195,6 +195,8 @@ class _Evaluation:
             self._documents_identity(),
             self.edges,
             decides,
+            self._dtype(),
+            self._device_name(),
             self.context.commit,
         )
 
@@ -226,6 +228,7 @@ class _Evaluation:
                 branch=branch,
                 device=self.context.device,
                 before=weights.before,
+                any_dtype=True,
             )
             model.requires_grad_(False)
             model.eval()
@@ -236,7 +239,7 @@ class _Evaluation:
 
     def _measure(self, subject: Subject) -> Measured:
         key = self._key(subject)
-        stored = on_main(self.context.ranks, lambda: self.partial.load(subject.name, key))
+        stored = on_main(self.context.ranks, lambda: self._kept(subject.name, key))
         if stored is not None:
             self._say(f"{subject.name} is kept from before")
             return from_partial(stored)
@@ -292,9 +295,8 @@ class _Evaluation:
             [self._key(subject) for subject in subjects],
             [settings.timing_repeats, settings.timing_warmup],
             [settings.timing_batch_size, settings.timing_length],
-            self._device_name(),
         )
-        stored = on_main(ranks, lambda: self.partial.load("speed", key))
+        stored = on_main(ranks, lambda: self._kept("speed", key))
         if stored is not None:
             return dict(stored)
         tokens = self._timing_tokens()
@@ -356,10 +358,19 @@ class _Evaluation:
                 for branch, weights in self.weights.items()
                 if not weights.missing
             },
-            "dtype": str(choose_dtype(self.config.parallel, self.context.device))[6:],  # torch.…
+            "dtype": self._dtype(),
             "device": self._device_name(),
             "num_threads": torch.get_num_threads(),
         }
+
+    def _kept(self, name: str, key: str) -> Any:
+        """A value from before, or None; a commit that does not name the program keeps nothing."""
+        commit = self.context.commit
+        return None if commit == "unknown" or commit[-1:] == "+" else self.partial.load(name, key)
+
+    def _dtype(self) -> str:
+        dtype = choose_dtype(self.config.parallel, self.context.device)
+        return str(dtype).removeprefix("torch.")
 
     def _device_name(self) -> str:
         device = self.context.device

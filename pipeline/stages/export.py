@@ -40,6 +40,7 @@ def _export(config: RunConfig, context: StageContext) -> dict[str, float]:
         branch=context.branch,
         device=torch.device("cpu"),
         before=context.entry,
+        any_dtype=True,
     )
     base = open_base(config)
     tensors = model_to_hf(model)

@@ -4,6 +4,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from allmem_hf.configuration_allmem import AllMemConfig
+from allmem_hf.modeling_allmem import AllMemForCausalLM
+
 
 @pytest.mark.parametrize("branch", ["allmem", "mamba2", "none"])
 def test_loss_is_the_mean_next_token_cross_entropy(tiny, tokens, branch):
@@ -83,3 +86,19 @@ def test_bfloat16_runs_and_stays_near_float32(tiny, tokens):
     assert layer.state.weights.gate.dtype == torch.float32
     assert layer.buffer[0].dtype == torch.bfloat16
     assert (narrow.logits.float() - wide).norm() < 0.2 * wide.norm()
+
+
+def test_new_models_start_as_the_training_program_s_do():
+    config = {"hidden_size": 256, "memory_size": 256, "intermediate_size": 64, "vocab_size": 16}
+    config |= {"num_hidden_layers": 1, "num_attention_heads": 8, "num_key_value_heads": 8}
+    for branch in ("allmem", "mamba2"):
+        memory = AllMemForCausalLM(AllMemConfig(branch=branch, **config)).model.layers[0].memory
+        for proj in (memory.q_proj, memory.k_proj, memory.v_proj):
+            assert proj.weight.std().item() == pytest.approx(1 / 16, rel=0.05)
+        assert memory.o_proj.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    rate, dt = memory.a_log.exp(), F.softplus(memory.dt_proj.bias)
+    assert ((rate >= 1) & (rate <= 16)).all()
+    assert rate.std() > 0
+    assert ((dt > 0.99e-3) & (dt < 0.101)).all()
+    assert dt.std() > 0
+    assert memory.dt_proj.weight.std().item() == pytest.approx(0.1 / 16, rel=0.1)

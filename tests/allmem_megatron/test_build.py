@@ -309,3 +309,15 @@ def test_a_failed_save_leaves_what_was_there(tmp_path, hf_model, hf_tensors):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert {p.name: p.read_bytes() for p in (tmp_path / "m").iterdir()} == before
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
+
+
+def test_a_model_whose_replacement_was_killed_is_found(tmp_path, hf_model, hf_tensors):
+    hf = hf_model("qwen3")
+    config = BaseModelConfig.from_hf(hf.config.to_dict())
+    path = tmp_path / "base"
+    for read in (load_base, read_base_config):
+        if not path.exists():
+            save_hf_dir(path, config, hf_tensors(hf))
+        path.rename(tmp_path / ".base.old")  # what a kill between the two renames leaves
+        read(path)
+        assert [p.name for p in tmp_path.iterdir()] == ["base"]

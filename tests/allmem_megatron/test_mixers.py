@@ -118,7 +118,8 @@ def test_shuffled_state_is_the_next_rows_state(hf_model, ours, set_alpha):
 def test_only_the_branch_trains_when_the_base_is_frozen(branch, hf_model, ours, set_alpha):
     model = ours(hf_model("qwen3", tied=True), branch=branch)
     set_alpha(model, 0.5)
-    model.freeze_base()
+    for _, parameter in model.base_parameters():
+        parameter.requires_grad_(False)
     tokens = torch.randint(0, 96, (2, 30))
     with model.mixer(settings(branch)):
         hidden = model.hidden_states(tokens)
@@ -170,7 +171,8 @@ def test_recomputing_changes_no_gradient(mode, hf_model, ours, set_alpha):
 def test_align_mode_trains_each_branch_towards_what_the_window_misses(hf_model, ours):
     hf = hf_model("qwen3")
     model = ours(hf, branch="allmem", memory=MemoryConfig(memory_size=32, eta_init=0.5))
-    model.freeze_base()
+    for _, parameter in model.base_parameters():
+        parameter.requires_grad_(False)
     tokens = torch.randint(0, 96, (4, 40))
     full = run(model, tokens, settings("full"))
     assert torch.equal(run(model, tokens, settings("align")), full)

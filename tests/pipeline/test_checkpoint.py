@@ -190,3 +190,29 @@ def test_run_reports_a_full_disk_in_one_line(
     assert complete_checkpoints(tmp_path / "pretrain" / "checkpoints") == []
     assert not (tmp_path / "pretrain" / "DONE.json").exists()
     assert main([*words, "stage=pretrain"]) == 0
+
+
+def test_a_kill_while_a_step_is_replaced_does_not_lose_it(tmp_path: Path):
+    path = save(tmp_path, 5)
+    for find in (lambda: latest_checkpoint(tmp_path), lambda: remove_unfinished(tmp_path)):
+        path.rename(tmp_path / ".step_00000005.old")  # killed between the two renames
+        (tmp_path / ".unfinished-step_00000005-77").mkdir(exist_ok=True)
+        find()
+        assert load_checkpoint(path).step == 5
+    assert os.listdir(tmp_path) == ["step_00000005"]
+    (tmp_path / ".step_00000005.old").mkdir()  # killed after them
+    remove_unfinished(tmp_path)
+    assert os.listdir(tmp_path) == ["step_00000005"]
+
+
+def test_earlier_programs_auto_counts_as_what_it_meant(tmp_path: Path):
+    def old(dtype: str, device: str) -> dict[str, str]:
+        return {"parallel.dtype": dtype, "parallel.device": device}
+
+    now = {"parallel.dtype": "float32"}
+    for device in ("auto", "cpu"):
+        refuse_other_config(tmp_path, old("auto", device), now)
+    refuse_other_config(tmp_path, old("float32", "cuda"), now)
+    for stored in (old("auto", "cuda"), old("bfloat16", "auto")):
+        with pytest.raises(ValueError, match=r'dtype="bfloat16", this run has .*"float32"'):
+            refuse_other_config(tmp_path, stored, now)

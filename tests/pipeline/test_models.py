@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from pipeline.checkpoint import refuse_other_config
 from pipeline.config import compose
 from pipeline.fingerprint import digest, fingerprint
 from pipeline.lineage import branch_of, lineage
-from pipeline.models import load_model, trained_parameters
+from pipeline.models import choose_dtype, load_model, trained_parameters
 from pipeline.schema import RunConfig
 
 
 @pytest.fixture
 def config(tiny_overrides: list[str], tmp_path: Path) -> RunConfig:
     return compose([*tiny_overrides, f"run.dir={tmp_path}"])
+
+
+def of(config: RunConfig, entry: str, device: str = "cpu") -> dict[str, Any]:
+    """The fingerprint on a device."""
+    place = torch.device(device)
+    dtype = choose_dtype(config.parallel, place)
+    return fingerprint(config, entry, dtype=dtype, device=place)
 
 
 def test_a_branch_starts_from_its_own_stages_and_the_bases(config: RunConfig):
@@ -51,7 +60,7 @@ def test_fingerprint_follows_what_decides_a_result(
 ):
     def changed(entry: str, *words: str) -> bool:
         other = compose([*tiny_overrides, f"run.dir={tmp_path}", *words])
-        return digest(fingerprint(other, entry)) != digest(fingerprint(config, entry))
+        return digest(of(other, entry)) != digest(of(config, entry))
 
     assert changed("convert", "convert.lr=0.1")
     assert changed("convert", "pretrain.lr=0.1")
@@ -68,3 +77,15 @@ def test_fingerprint_follows_what_decides_a_result(
     assert not changed("convert@mamba2", "align.lr=0.1")
     assert not changed("convert", "run.dir=elsewhere", "tracking=sqlite", "run.debug=true")
     assert not changed("convert", "convert.keep_last=9", "convert.micro_batch_size=1")
+
+
+def test_a_float32_run_goes_on_elsewhere_only_in_float32(
+    config: RunConfig, tiny_overrides: list[str], tmp_path: Path
+):
+    auto = compose([*tiny_overrides, "parallel.dtype=auto", "parallel.device=auto"])
+    asked = compose([*tiny_overrides, "parallel.dtype=float32", "parallel.device=auto"])
+    stored = of(auto, "convert")
+    refuse_other_config(tmp_path, stored, of(asked, "convert", "cuda"))
+    with pytest.raises(ValueError, match=r'parallel.dtype="float32", this run has .*"bfloat16"'):
+        refuse_other_config(tmp_path, stored, of(auto, "convert", "cuda"))
+    assert of(asked, "evaluate") != of(asked, "evaluate", "cuda")  # speeds are another device's

@@ -24,6 +24,7 @@ from pipeline.context import StageContext
 from pipeline.distributed import Ranks
 from pipeline.fingerprint import fingerprint
 from pipeline.metrics_log import MetricsLog
+from pipeline.models import choose_dtype
 from pipeline.schema import MixerConfig, ModelSettings, ParallelSettings, RunConfig, RunSettings
 from pipeline.stages import evaluate
 
@@ -155,7 +156,12 @@ class TinyRun:
             ranks=ranks,
             reporter=Reporter(enabled=ranks.is_main),
             metrics=MetricsLog(self.dir / "evaluate" / "metrics.jsonl", enabled=ranks.is_main),
-            fingerprint=fingerprint(config, "evaluate"),
+            fingerprint=fingerprint(
+                config,
+                "evaluate",
+                dtype=choose_dtype(config.parallel, ranks.device),
+                device=ranks.device,
+            ),
             commit="0123abc",
         )
 

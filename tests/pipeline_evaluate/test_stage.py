@@ -1,5 +1,6 @@
 """The stage measures what it says, on a tiny run whose rows stand in known relations."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -16,6 +17,8 @@ from allmem_megatron.config import MixerSettings
 from allmem_megatron.model import AllMemGPTModel
 from pipeline.evaluation import find_weights
 from pipeline.models import load_model
+from pipeline.schema import ParallelSettings
+from pipeline.stages import evaluate
 from pipeline.stages.evaluate import headline
 
 WINDOW = 12
@@ -206,6 +209,31 @@ def test_finished_rows_are_kept_until_what_decides_them_changes(tiny_run: Any) -
     changed = tiny_run.evaluate(config)
     assert changed["mixers"]["allmem"]["text"]["loss"] < 10
     assert changed["mixers"]["allmem"] != first["mixers"]["allmem"]
+
+
+@pytest.mark.parametrize("commit", ["0123abc+", "unknown"])
+def test_no_row_is_kept_under_a_commit_that_names_no_program(tiny_run: Any, commit: str) -> None:
+    config = tiny_run.config(mixers=("swa",))
+    context = dataclasses.replace(tiny_run.context(config), commit=commit)
+    evaluate.run(config, context)
+    partial = tiny_run.dir / "evaluate" / "partial"
+    for name in ("swa", "speed"):
+        stored = json.loads((partial / f"{name}.json").read_text())
+        (partial / f"{name}.json").write_text(json.dumps({**stored, "value": "of other code"}))
+    evaluate.run(config, context)
+    for name in ("swa", "speed"):
+        assert json.loads((partial / f"{name}.json").read_text())["value"] != "of other code"
+
+
+def test_a_row_of_another_dtype_is_not_kept(tiny_run: Any) -> None:
+    config = tiny_run.config(mixers=("swa",), timing_repeats=0)
+    path = tiny_run.dir / "evaluate" / "partial" / "swa.json"
+    keys = []
+    for dtype in ("auto", "float32", "bfloat16"):
+        other = dataclasses.replace(config, parallel=ParallelSettings(device="cpu", dtype=dtype))
+        tiny_run.evaluate(other)
+        keys.append(json.loads(path.read_text())["key"])
+    assert keys[0] == keys[1] != keys[2]
 
 
 def test_a_broken_partial_file_is_named(tiny_run: Any) -> None:
