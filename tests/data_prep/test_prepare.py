@@ -121,14 +121,8 @@ def test_bytes_after_sigkill_are_those_of_a_whole_run(
 ) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     prepare_shards(demo_config(tokenizer_dir), whole, tokenizer=tokenizer)
-    command = [
-        sys.executable,
-        "-c",
-        RUN,
-        str(tokenizer_dir),
-        str(killed),
-        str(Path(__file__).parent),
-    ]
+    words = [str(tokenizer_dir), str(killed), str(Path(__file__).parent)]
+    command = [sys.executable, "-c", RUN, *words]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     for wanted in (1, 4):
         process = subprocess.Popen(command, env=environment)
