@@ -11,7 +11,6 @@ name (`stage=prepare`), every shard is read and compared, and a damaged one is w
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Mapping
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.prepare import what_is_missing
-from data_prep.shards import MANIFEST_NAME
+from data_prep.shards import MANIFEST_NAME, file_sha256
 from pipeline.checkpoint import (
     MODEL_FILE,
     latest_checkpoint,
@@ -130,7 +129,7 @@ def inputs_of(config: RunConfig, context: StageContext) -> Inputs:
         status = path.stat()
         found = {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
         digests = [k["sha256"] for k in known.get(name, []) if found.items() <= k.items()]
-        inputs[name] = {**found, "sha256": digests[0] if digests else _sha256(path)}
+        inputs[name] = {**found, "sha256": digests[0] if digests else file_sha256(path)}
     return inputs
 
 
@@ -184,8 +183,3 @@ def _stale(context: StageContext, changed: str) -> ValueError:
         f"{context.dir} was trained from other weights ({changed} since); delete that folder to "
         "train it again, or take another run.dir"
     )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

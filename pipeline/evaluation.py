@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from allmem_megatron.config import BaseModelConfig, MixerSettings
+from data_prep.shards import file_sha256
 from evals.config import EvalConfig
 from evals.records import DocumentRecord
 from pipeline.checkpoint import MODEL_FILE, latest_checkpoint, write_json
@@ -246,7 +247,7 @@ def key_of(*parts: Any) -> str:
 def weights_identity(config: RunConfig, context: StageContext, weights: Weights) -> list[Any]:
     """What tells one set of weights from another: contents of checkpoints, dates of base files."""
     checkpoints = [
-        (name, _sha256(context.run_dir / name / MODEL_FILE)) for name in weights.checkpoints
+        (name, file_sha256(context.run_dir / name / MODEL_FILE)) for name in weights.checkpoints
     ]
     base: list[Any] = []
     if config.model.path is not None:
@@ -256,8 +257,3 @@ def weights_identity(config: RunConfig, context: StageContext, weights: Weights)
             status = file.stat()
             base.append((file.name, status.st_size, status.st_mtime_ns))
     return [weights.branch, checkpoints, base]
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

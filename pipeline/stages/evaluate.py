@@ -6,7 +6,7 @@ and the records of all ranks are put together.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,8 @@ import torch
 import torch.distributed as dist
 
 from allmem_megatron.model import AllMemGPTModel
-from data_prep.shards import Manifest, ShardRecord, file_sha256, read_shard
 from evals.bins import bin_edges
-from evals.config import EvalConfig
-from evals.documents import EvalDocument, batches_of, documents_of, select
+from evals.documents import EvalDocument, batches_of
 from evals.records import DocumentRecord, Metrics, gap_closed, summarise
 from pipeline.context import StageContext
 from pipeline.distributed import on_main
@@ -39,6 +37,7 @@ from pipeline.evaluation import (
     to_partial,
     weights_identity,
 )
+from pipeline.held_out import read_documents
 from pipeline.metrics_log import read_lines
 from pipeline.models import base_config, choose_dtype, load_model
 from pipeline.report import write_report
@@ -84,49 +83,12 @@ def headline(results: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def read_documents(data_dir: Path, settings: EvalConfig) -> tuple[list[EvalDocument], int]:
-    """Held-out documents of every kind asked for, and the shards' sample length.
-
-    Raises:
-        ValueError: a shard is missing or not as the manifest says, or a kind has no documents.
-    """
-    manifest = Manifest.load(data_dir)
-    shards = manifest.splits.get("eval", ())
-    documents = []
-    for kind in settings.kinds:
-        of_kind = [shard for shard in shards if shard.kind == kind]
-        names = dict.fromkeys(shard.source for shard in of_kind)
-        documents += select(
-            [_documents(data_dir, [s for s in of_kind if s.source == name]) for name in names],
-            kind=kind,
-            max_documents=settings.max_samples,
-            min_length=settings.min_length or settings.window_size + 1,
-            full_length=manifest.seq_length,
-        )
-    return documents, manifest.seq_length
-
-
-def _documents(data_dir: Path, shards: Sequence[ShardRecord]) -> Iterator[EvalDocument]:
-    for shard in shards:
-        path = data_dir / shard.path
-        if not path.is_file():
-            raise ValueError(f"shard {shard.path} is missing; run stage=prepare again")
-        if file_sha256(path) != shard.sha256:
-            raise ValueError(
-                f"shard {shard.path} is not as the manifest says; delete it and run stage=prepare"
-            )
-        for sample in read_shard(path):
-            yield from documents_of(
-                sample.tokens, sample.loss_mask, sample.cu_seqlens.tolist(), sample.meta
-            )
-
-
 class _Evaluation:
     """One run of the stage: models are loaded when a subject first needs them."""
 
     def __init__(self, config: RunConfig, context: StageContext) -> None:
         self.config, self.context, self.settings = config, context, config.eval
-        self.documents, _ = read_documents(context.data_dir, self.settings)
+        self.documents = read_documents(context.data_dir, self.settings)
         self.batches = batches_of(self.documents, self.settings.batch_size)
         self.length = max(len(document.tokens) for document in self.documents)
         self.edges = bin_edges(self.length, self.settings.window_size, self.settings.num_bins)
