@@ -6,6 +6,7 @@ nothing with one rank.
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import os
 import random
@@ -32,6 +33,54 @@ class Ranks:
     """Processes in all."""
     device: torch.device
     """Where this rank computes."""
+    tp: int = 1
+    """Tensor-parallel ranks; neighbours in rank order (Megatron's order: TP, then CP, then DP)."""
+    cp: int = 1
+    """Context-parallel ranks."""
+
+    @property
+    def dp_size(self) -> int:
+        """Pure data-parallel groups: they load different samples."""
+        return self.world_size // (self.tp * self.cp)
+
+    @property
+    def dp_rank(self) -> int:
+        """Which of the `dp_size` shares of the samples this rank loads."""
+        return self.rank // (self.tp * self.cp)
+
+    @property
+    def cp_rank(self) -> int:
+        """Which part of each sequence this rank trains on."""
+        return self.rank // self.tp % self.cp
+
+    @property
+    def tp_rank(self) -> int:
+        """Which part of the heads this rank holds."""
+        return self.rank % self.tp
+
+    @property
+    def num_replicas(self) -> int:
+        """Groups that can each compute whole sequences: DP x CP, for stages that do not train."""
+        return self.world_size // self.tp
+
+    @property
+    def replica(self) -> int:
+        """Which of the `num_replicas` this rank belongs to."""
+        return self.rank // self.tp
+
+    def with_layout(self, *, tp: int, cp: int) -> Ranks:
+        """The same process with its place among tensor- and context-parallel ranks.
+
+        Raises:
+            ValueError: tp x cp does not divide the number of ranks.
+        """
+        if self.world_size % (tp * cp):
+            raise ValueError(
+                f"parallel.tp={tp} x parallel.cp={cp} do not divide the {self.world_size} "
+                f"rank(s); start a multiple of {tp * cp} ranks (torchrun --nproc-per-node="
+                f"{tp * cp}) or lower parallel.tp or parallel.cp"
+            )
+        return dataclasses.replace(self, tp=tp, cp=cp)
 
     @property
     def is_main(self) -> bool:

@@ -15,7 +15,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,8 @@ warnings.filterwarnings(
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
+Kind = Literal["weight", "exp_avg", "exp_avg_sq"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
@@ -61,6 +63,8 @@ class StepResult:
     """Loss tokens of the step, over all ranks."""
     metrics: dict[str, float]
     """Further means of the same kind, by name."""
+    skipped: bool = False
+    """The loss or the gradient was not finite: no weight and no moment has changed."""
 
 
 @contextlib.contextmanager
@@ -216,6 +220,28 @@ class Engine:
         """Clip the gradient where DeepSpeed does not; its norm before."""
         limit = self._grad_clip or math.inf
         return float(nn.utils.clip_grad_norm_(list(self._trained.values()), limit))
+
+    def tensor(self, name: str, kind: Kind) -> Tensor:
+        """One trained parameter, or a moment of it, in float32 on the CPU.
+
+        A collective over the ranks that ZeRO splits over (DP x CP): all of them call it with the
+        same arguments and get the same tensor.
+
+        Args:
+            name: of a trained parameter, as the model names it.
+            kind: the float32 weight, or one of AdamW's moments.
+
+        Returns:
+            the tensor of this rank's tensor-parallel part, in the parameter's shape.
+        """
+        parameter = self._trained[name]
+        if not self._zero_stage:
+            found = parameter if kind == "weight" else self._adamw.state[parameter][kind]
+        elif kind == "weight":
+            found = safe_get_full_fp32_param(parameter)
+        else:
+            found = safe_get_full_optimizer_state(parameter, kind)
+        return found.detach().float().cpu()
 
     def weights(self) -> dict[str, Tensor]:
         """Full float32 trained weights by parameter name; every rank must call it."""

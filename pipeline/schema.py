@@ -131,8 +131,24 @@ class ParallelSettings:
     """Type of weights and activations; `auto` is bfloat16 on CUDA, float32 on CPU. The optimizer
     keeps float32 weights and moments either way."""
 
+    tp: int = 1
+    """Tensor-parallel ranks: attention heads, memory heads, MLP and vocabulary are split."""
+
+    sp: bool = False
+    """Sequence parallelism: between the projections the tokens, too, are split over the `tp` ranks;
+    saves activations and costs no further traffic. Needs tp of 2 or more."""
+
+    cp: int = 1
+    """Context-parallel ranks: each trains on a contiguous part of every sequence. Stages that do
+    not train take whole sequences and use these ranks as data-parallel ones."""
+
+    cp_mode: Literal["wavefront", "a2a"] = "wavefront"
+    """How the memory crosses context-parallel ranks: `wavefront` hands its state from rank to rank,
+    `a2a` gives each rank some heads of the whole sequence (cp must divide the heads of a rank)."""
+
     zero_stage: int = 2
-    """DeepSpeed ZeRO: 0 nothing, 1 optimizer states, 2 and gradients split over the ranks."""
+    """DeepSpeed ZeRO: 0 nothing, 1 optimizer states, 2 and gradients, 3 and weights split over the
+    data-parallel and context-parallel ranks."""
 
     recompute: bool = False
     """Recompute each layer's activations in the backward pass: less memory, a third more time."""
@@ -144,15 +160,21 @@ class ParallelSettings:
     """Seconds after which a rank that waits for the others gives up."""
 
     def __post_init__(self) -> None:
-        """Check the ZeRO stage and the counts.
+        """Check the ZeRO stage, the counts, and that sequence parallelism has ranks to split over.
 
         Raises:
-            ValueError: a value is out of range.
+            ValueError: a value is out of range, or `sp` without tensor parallelism.
         """
-        if self.zero_stage not in (0, 1, 2):
+        if self.zero_stage not in (0, 1, 2, 3):
             raise ValueError(
-                f"parallel.zero_stage={self.zero_stage} is not one of 0, 1, 2; "
+                f"parallel.zero_stage={self.zero_stage} is not one of 0, 1, 2, 3; "
                 "set parallel.zero_stage=2"
+            )
+        at_least("parallel", {"tp": self.tp, "cp": self.cp}, 1)
+        if self.sp and self.tp == 1:
+            raise ValueError(
+                "parallel.sp=true splits tokens over the tensor-parallel ranks, but parallel.tp=1; "
+                "set parallel.tp=2 or more, or parallel.sp=false"
             )
         at_least("parallel", {"num_threads": self.num_threads}, 0)
         at_least("parallel", {"timeout_s": self.timeout_s}, 1)
