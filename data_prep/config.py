@@ -11,11 +11,29 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from data_prep.settings import (
+    LOSSES,
+    ChatConfig,
+    DecontaminateConfig,
+    DedupConfig,
+    FilterConfig,
+    check_choice,
+)
 from data_prep.words import RECALL_KEYS
 
 Layout = Literal["far", "mixed", "dense"]
-SOURCE_KINDS = ("text", "jsonl", "chat_jsonl", "python_packages", "recall", "demo_chat", "repeats")
-FILLER_KINDS = ("text", "jsonl", "python_packages")
+FILE_KINDS = ("text", "markdown", "python_packages")
+RECORD_KINDS = ("jsonl", "parquet", "dataset")
+CHAT_KINDS = tuple(f"chat_{kind}" for kind in RECORD_KINDS)
+GENERATED_KINDS = ("recall", "demo_chat", "repeats")
+SOURCE_KINDS = (*FILE_KINDS, *RECORD_KINDS, *CHAT_KINDS, *GENERATED_KINDS)
+FILLER_KINDS = (*FILE_KINDS, *RECORD_KINDS)
+TEXT_FIELDS = ("text", "id")
+CHAT_FIELDS = (
+    *("id", "messages", "conversations", "role", "content"),
+    *("document", "question", "answer"),
+)
+ROLES = ("system", "user", "assistant")
 FILE_ORDERS = ("hashed", "sorted")
 PACKINGS = ("best_fit", "none")
 
@@ -85,13 +103,16 @@ class SourceConfig:
     """One source of documents."""
 
     kind: str = "text"
-    """`text` (.txt, .md, .py … files), `jsonl`, `chat_jsonl` (records with `messages`),
-    `python_packages` (.py files of installed packages), `recall`, `demo_chat`, `repeats` (all
-    three generated)."""
+    """A document a file: `text` (any files), `markdown` (.md, .markdown), `python_packages` (.py
+    files of installed packages). Records with a text: `jsonl` (lines, or .json with one array; also
+    .gz, .xz, .zst), `parquet`, `dataset` (Hugging Face, by name or local folder). Records with a
+    conversation: `chat_jsonl`, `chat_parquet`, `chat_dataset`. Generated: `recall`, `demo_chat`,
+    `repeats`."""
     name: str = ""
     """Name in the manifest and for mixture weights; the kind where empty."""
     path: str | None = None
-    """File, folder or glob for `text`, `jsonl`, `chat_jsonl` (or for the filler, see `filler`)."""
+    """File, folder, glob or fsspec URL; for `dataset` a name on the hub or a folder (or for the
+    filler, see `filler`)."""
     eval_path: str | None = None
     """Text of the eval split; without it `eval_fraction` of the documents is held out by hash."""
     pattern: str = "*"
@@ -108,9 +129,28 @@ class SourceConfig:
     """`text`, `python_packages`: `hashed` (by name) mixes folders and packages, so that the part
     that is read, where not all is needed, is like the whole; or `sorted`."""
     text_field: str = "text"
-    """`jsonl`: the field that holds the text."""
+    """Records: the field that holds the text."""
     id_field: str = "id"
-    """`jsonl`: the field that holds a name; the line number serves where it is missing."""
+    """Records: the field that holds a name; file and line serve where it is missing."""
+    fields: dict[str, str] = field(default_factory=dict)
+    """Records: what fields are called, such as {text: body, id: meta.uid}; dots lead into nested
+    records. Known: text, id (and win over text_field, id_field); for conversations messages,
+    conversations, role, content, document, question, answer."""
+    roles: dict[str, str] = field(default_factory=dict)
+    """Conversations: further names of roles, such as {narrator: system}."""
+    subset: str | None = None
+    """`dataset`: its configuration, where it has several."""
+    revision: str | None = None
+    """`dataset`: commit on the hub; without it a later run may read other text."""
+    dataset_split: str = "train"
+    """`dataset`: which of its splits to read."""
+    eval_dataset_split: str | None = None
+    """`dataset`: the same for the eval split; without it (and eval_path) documents are held out."""
+    unit_bytes: int = 64 * 2**20
+    """Files are read in pieces of about this size, small files together; documents of a file that
+    is cut are named by byte offset where they have no id."""
+    max_record_bytes: int = 64 * 2**20
+    """A record or text file of more bytes is left out and counted, without being held in memory."""
     weight: float = 1.0
     """Share of the split's samples where their number is given."""
     eval_weight: float | None = None
@@ -121,20 +161,32 @@ class SourceConfig:
     """Read no more text than this (for each split); the document that goes beyond is the last."""
     recall: RecallConfig = field(default_factory=RecallConfig)
     """What `recall` and `demo_chat` documents look like."""
+    filters: FilterConfig = field(default_factory=FilterConfig)
+    """How read documents are cleaned and which are kept."""
+    chat: ChatConfig = field(default_factory=ChatConfig)
+    """How conversations become samples."""
+    loss: str = "auto"
+    """Loss targets of read documents: `all` tokens, `response` (conversations: the assistant's
+    words and what ends them), `beyond` (those of the two that `auto` takes, but only from token
+    `min_distance` of the sample's document on); `auto`: `response` for conversations, else
+    `all`."""
+    min_distance: int = 0
+    """`beyond`: so many tokens of each document of a sample carry no loss; set it to the window."""
 
     def __post_init__(self) -> None:
         for name in ("packages", "eval_packages"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if not self.name:
             object.__setattr__(self, "name", self.kind)
-        _check_choice("kind", self.kind, SOURCE_KINDS)
-        _check_choice("filler", self.filler, FILLER_KINDS)
-        _check_choice("file_order", self.file_order, FILE_ORDERS)
-        reads = self.filler if self.generated else self.kind
+        check_choice("kind", self.kind, SOURCE_KINDS)
+        check_choice("filler", self.filler, FILLER_KINDS)
+        check_choice("file_order", self.file_order, FILE_ORDERS)
+        reads = self.read_kind
         if reads == "python_packages" and not self.packages:
             raise ValueError(f"source {self.name}: packages is empty; name installed packages")
         if reads != "python_packages" and not self.path:
             raise ValueError(f"source {self.name}: path is missing; name a file, folder or glob")
+        self._check_reading(reads)
         if shared := set(self.packages) & set(self.eval_packages):
             raise ValueError(
                 f"source {self.name}: packages and eval_packages share {sorted(shared)}; "
@@ -146,22 +198,63 @@ class SourceConfig:
             raise ValueError(
                 f"source {self.name}: eval_weight={self.eval_weight} must not be negative"
             )
-        for name in ("max_documents", "max_characters", "max_filler_tokens"):
+        for name in ("max_documents", "max_characters", "max_filler_tokens", "max_record_bytes"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"source {self.name}: {name}={value} must be at least 1")
 
+    def _check_reading(self, reads: str) -> None:
+        """Rules about how text is read; `reads` is the kind that is, of the filler if generated."""
+        if self.unit_bytes < 1024:
+            raise ValueError(
+                f"source {self.name}: unit_bytes={self.unit_bytes} must be at least 1024"
+            )
+        known = CHAT_FIELDS if reads in CHAT_KINDS else TEXT_FIELDS
+        for name, where in self.fields.items():
+            if name not in known or not where:
+                raise ValueError(
+                    f"source {self.name}: fields {{{name}: {where}}} is not known; "
+                    f"{reads} has {', '.join(known)}"
+                )
+        for name, role in self.roles.items():
+            if role not in ROLES:
+                raise ValueError(
+                    f"source {self.name}: roles {{{name}: {role}}} must name one of "
+                    f"{', '.join(ROLES)}"
+                )
+        check_choice("loss", self.loss, LOSSES)
+        if self.loss == "response" and self.kind not in CHAT_KINDS:
+            raise ValueError(
+                f"source {self.name}: loss=response needs conversations; kind={self.kind} has "
+                "none, set loss=all"
+            )
+        if self.min_distance < 0 or (self.loss == "beyond") != (self.min_distance > 0):
+            raise ValueError(
+                f"source {self.name}: loss={self.loss} with min_distance={self.min_distance}; "
+                "loss=beyond needs min_distance above 0, others 0"
+            )
+        if self.generated and (self.loss != "auto" or self.filters != FilterConfig()):
+            raise ValueError(
+                f"source {self.name}: loss and filters are for text that is read; "
+                f"{self.kind} is generated, leave them out (see recall.loss_on)"
+            )
+
     @property
     def generated(self) -> bool:
         """Whether documents are made up by number rather than read."""
-        return self.kind in ("recall", "demo_chat", "repeats")
+        return self.kind in GENERATED_KINDS
+
+    @property
+    def read_kind(self) -> str:
+        """The kind of text that is read: of the filler where documents are generated."""
+        return self.filler if self.generated else self.kind
 
     @property
     def sample_kind(self) -> str:
         """`text`, `recall`, `repeat` or `chat`, as samples name it."""
         if self.kind in ("recall", "repeats"):
             return self.kind.removesuffix("s")
-        return "chat" if self.kind in ("chat_jsonl", "demo_chat") else "text"
+        return "chat" if self.kind in (*CHAT_KINDS, "demo_chat") else "text"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,6 +280,10 @@ class PrepareConfig:
     seed: int = 0
     max_bad_fraction: float = 0.01
     """More unreadable documents than this share stop the job."""
+    dedup: DedupConfig = field(default_factory=DedupConfig)
+    """Removal of duplicates over all sources that are read."""
+    decontaminate: DecontaminateConfig = field(default_factory=DecontaminateConfig)
+    """Removal of text that stands in evaluation sets."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sources", list(self.sources))
@@ -202,7 +299,7 @@ class PrepareConfig:
                 raise ValueError(f"{name}={value} must be at least 0")
         if self.seed < 0:
             raise ValueError(f"seed={self.seed} must be at least 0")
-        _check_choice("packing", self.packing, PACKINGS)
+        check_choice("packing", self.packing, PACKINGS)
         names = [source.name for source in self.sources]
         if len(set(names)) != len(names):
             raise ValueError(f"source names {names} must differ; give data.sources[i].name")
@@ -221,8 +318,3 @@ def to_dict(config: Any) -> dict[str, Any]:
 def config_hash(plain: dict[str, Any]) -> str:
     """SHA-256 (hex) of a JSON value, independent of the order of keys."""
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}={value!r} is not one of {', '.join(choices)}")
