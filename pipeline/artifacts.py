@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.checkpoint import write_json
+from pipeline.atomic import write_json
 
 ARTIFACTS_FILE = "artifacts.json"
 

@@ -19,13 +19,8 @@ from typing import Any
 
 from data_prep.prepare import what_is_missing
 from data_prep.shards import MANIFEST_NAME, file_sha256
-from pipeline.checkpoint import (
-    MODEL_FILE,
-    latest_checkpoint,
-    refuse_other_config,
-    remove,
-    write_json,
-)
+from pipeline.atomic import remove, write_json
+from pipeline.checkpoint import latest_checkpoint, model_files, refuse_other_config
 from pipeline.config import resolve_path
 from pipeline.context import DONE_FILE, StageContext, folder_name, is_finished
 from pipeline.evaluation import find_weights
@@ -144,13 +139,14 @@ def _files(config: RunConfig, context: StageContext) -> dict[str, Path]:
         entries = lineage(config, branch=context.branch, before=context.entry)
         found = [latest_checkpoint(run_dir / folder_name(e) / "checkpoints") for e in entries]
         names = [str(path.relative_to(run_dir)) for path in found if path is not None]
-    files = {f"{name}/{MODEL_FILE}": run_dir / name / MODEL_FILE for name in names}
+    weights = [file for name in names for file in model_files(run_dir / name)]
+    files = {str(file.relative_to(run_dir)): file for file in weights}
     if context.name == "evaluate":
         files[f"prepare/{MANIFEST_NAME}"] = context.data_dir / MANIFEST_NAME
     if config.model.path is not None:
         path = resolve_path(config.model.path)
-        weights = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
-        files.update({f"model.path/{file.name}": file for file in weights})
+        base = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+        files.update({f"model.path/{file.name}": file for file in base})
     return {name: file for name, file in files.items() if file.is_file()}
 
 

@@ -20,7 +20,8 @@ from allmem_megatron.config import BaseModelConfig, MixerSettings
 from data_prep.shards import file_sha256
 from evals.config import EvalConfig
 from evals.records import DocumentRecord
-from pipeline.checkpoint import MODEL_FILE, latest_checkpoint, write_json
+from pipeline.atomic import write_json
+from pipeline.checkpoint import latest_checkpoint, model_files
 from pipeline.config import resolve_path, split_entry
 from pipeline.context import StageContext, folder_name, is_finished
 from pipeline.costs import MixerShape, cache_bytes, flops_ratio
@@ -247,7 +248,9 @@ def key_of(*parts: Any) -> str:
 def weights_identity(config: RunConfig, context: StageContext, weights: Weights) -> list[Any]:
     """What tells one set of weights from another: contents of checkpoints, dates of base files."""
     checkpoints = [
-        (name, file_sha256(context.run_dir / name / MODEL_FILE)) for name in weights.checkpoints
+        (name, file_sha256(file))
+        for name in weights.checkpoints
+        for file in model_files(context.run_dir / name)
     ]
     base: list[Any] = []
     if config.model.path is not None:

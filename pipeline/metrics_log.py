@@ -8,7 +8,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from pipeline.checkpoint import disk_error, write_atomically
+from pipeline.atomic import disk_error, write_atomically
 
 
 def read_lines(path: Path, start: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -27,7 +27,7 @@ from evals.table import (
     human_tokens,
     markdown_table,
 )
-from pipeline.checkpoint import write_atomically
+from pipeline.atomic import write_atomically
 
 Series = list[tuple[str, str, dict[str, dict[str, float]]]]
 """(name, title, metrics by task) of each mixer and control that was measured."""

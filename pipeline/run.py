@@ -124,7 +124,7 @@ def _only_user(run_dir: Path) -> Iterator[None]:
 
 def _run_stage(config: RunConfig, entry: str, run_dir: Path, ranks: Any) -> None:
     from pipeline.artifacts import clear_artifacts
-    from pipeline.checkpoint import remove_unfinished, write_json
+    from pipeline.atomic import remove_unfinished, write_json
     from pipeline.console import Reporter
     from pipeline.context import DONE_FILE, StageContext, folder_name
     from pipeline.distributed import on_main

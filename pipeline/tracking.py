@@ -28,7 +28,7 @@ from typing import Any
 
 from data_prep.shards import MANIFEST_NAME
 from pipeline.artifacts import Artifact, read_artifacts
-from pipeline.checkpoint import write_json
+from pipeline.atomic import write_json
 from pipeline.config import flatten, to_plain
 from pipeline.context import StageContext, folder_name
 from pipeline.metrics_log import read_lines

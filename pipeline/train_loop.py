@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from allmem_megatron.config import MixerSettings
 from allmem_megatron.convert import model_to_hf
 from data_prep.loader import Batch, ShardLoader
+from pipeline.atomic import remove_unfinished
 from pipeline.batches import MicroBatch, split_batch, split_over_ranks
 from pipeline.checkpoint import (
     Checkpoint,
     latest_checkpoint,
     load_checkpoint,
     refuse_other_config,
-    remove_unfinished,
     save_checkpoint,
 )
 from pipeline.console import Advance

@@ -14,14 +14,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from pipeline.atomic import remove_unfinished, write_json
 from pipeline.checkpoint import (
     complete_checkpoints,
     latest_checkpoint,
     load_checkpoint,
     refuse_other_config,
-    remove_unfinished,
     save_checkpoint,
-    write_json,
 )
 from pipeline.metrics_log import MetricsLog, read_lines
 from pipeline.run import main
