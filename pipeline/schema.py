@@ -52,6 +52,14 @@ class RunSettings:
     debug: bool = False
     """Print the traceback of an error instead of its one line."""
 
+    async_checkpoints: bool = True
+    """Write checkpoints while training goes on; a copy of what is saved stays in memory until it is
+    on the disk (12 bytes for each trained parameter, spread over the ranks)."""
+
+    checkpoint: Literal["newest", "best"] = "newest"
+    """Which checkpoint of the recipe's last training stage `evaluate` and `export` take; `best`
+    needs `keep_best` in its section. Training always starts from the newest."""
+
     log_every_s: float = 10.0
     """Seconds between progress lines where the output is not a terminal."""
 

@@ -14,27 +14,20 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from allmem_megatron.config import MixerSettings
-from allmem_megatron.convert import model_to_hf
 from data_prep.loader import Batch, ShardLoader
-from pipeline.atomic import remove_unfinished
 from pipeline.batches import MicroBatch, split_batch, split_over_ranks
-from pipeline.checkpoint import (
-    Checkpoint,
-    latest_checkpoint,
-    load_checkpoint,
-    refuse_other_config,
-    save_checkpoint,
-)
 from pipeline.console import Advance
 from pipeline.context import StageContext
-from pipeline.distributed import barrier, on_main, seed_everything, sum_over_ranks
-from pipeline.engine import MOMENTS, Engine
+from pipeline.distributed import on_main, seed_everything, sum_over_ranks
+from pipeline.engine import Engine
 from pipeline.flops import step_flops
-from pipeline.models import check_length, choose_dtype, parts_for
+from pipeline.models import check_length, choose_dtype
 from pipeline.objectives import Objective
+from pipeline.retention import HELD_OUT, TRAINING, Retention
+from pipeline.saving import Saver
 from pipeline.schedule import phase_seed, step_seed, wsd_lr
 from pipeline.schema import RunConfig
 from pipeline.train_schema import TrainSettings
@@ -77,7 +70,6 @@ class _Trainer:
         self.config, self.context, self.plan = config, context, plan
         self.settings = plan.settings
         self.model = plan.objective.model
-        self.folder = context.dir / "checkpoints"
         settings, world_size = plan.settings, context.ranks.world_size
         self.phases = [settings.of_phase(i) for i in range(max(len(settings.phases), 1))]
         self.splits = split_over_ranks(context.name, self.phases, world_size)
@@ -94,6 +86,18 @@ class _Trainer:
             dtype=choose_dtype(config.parallel, context.device),
             micro_batch_size=self.splits[0].micro_batch_size,
             num_micro_batches=self.splits[0].num_micro_batches,
+        )
+        self.saver = Saver(
+            context,
+            self.model,
+            plan.trained,
+            self.engine,
+            retention=Retention(
+                keep_last=settings.keep_last,
+                keep_best=settings.keep_best,
+                metric=HELD_OUT if settings.eval_every else TRAINING,
+            ),
+            asynchronous=config.run.async_checkpoints,
         )
         self.step = self.tokens = self.loss_tokens = 0
         self.stop = False
@@ -121,8 +125,6 @@ class _Trainer:
         return f"{self.context.name}.{f'phases[{number}].' if own else ''}weights"
 
     def run(self) -> None:
-        if self.context.ranks.is_main:
-            remove_unfinished(self.folder)
         self._resume()
         on_main(self.context.ranks, lambda: self.context.metrics.truncate_after(self.step))
         title = f"{self.context.entry}:"
@@ -132,37 +134,25 @@ class _Trainer:
         ):
             try:
                 self._loop(advance)
+                self.saver.wait()
+            except BaseException:
+                self.saver.salvage()
+                raise
             finally:
                 self.engine.close()
                 self.context.metrics.close()
 
     def _resume(self) -> None:
-        path = latest_checkpoint(self.folder)
-        if path is None:
+        saved = self.saver.resume()
+        if saved is None:
             return
-        saved = load_checkpoint(path)
-        refuse_other_config(path, saved.state["config"], self.context.fingerprint)
-        self._restore(saved)
-        self.context.say(f"{self.context.entry}: going on after step {self.step} ({path.name})")
-
-    def _restore(self, saved: Checkpoint) -> None:
-        moments = {
-            moment: parts_for(
-                self.model,
-                {
-                    name.removeprefix(f"{moment}."): value
-                    for name, value in saved.optimizer.items()
-                    if name.startswith(f"{moment}.")
-                },
-            )
-            for moment in MOMENTS
-        }
-        self.engine.load(parts_for(self.model, saved.model), moments, step=saved.step)
         self.step = saved.step
         self.tokens = int(saved.state["tokens"])
         self.loss_tokens = int(saved.state["loss_tokens"])
         self._enter_phase(int(saved.state["phase"]))
         self.loader.load_state_dict(saved.state["loader"])
+        name = saved.path.name
+        self.context.say(f"{self.context.entry}: going on after step {self.step} ({name})")
 
     def _loop(self, advance: Advance) -> None:
         steps, log_every = self.settings.steps, self.settings.log_every
@@ -180,6 +170,7 @@ class _Trainer:
             self.step += 1
             self.tokens += num_tokens
             self.loss_tokens += result.loss_tokens
+            self.saver.note_loss(result.loss, result.loss_tokens)
             flops += self._flops(mixer, num_tokens, result.loss_tokens)
             if self.step % log_every == 0 or self.step == steps:
                 now = time.perf_counter()
@@ -202,9 +193,12 @@ class _Trainer:
                 advance(self.step, note)
                 last_time, last_tokens, flops = now, self.tokens, 0.0
             stop = self._must_stop()
+            self.saver.poll()
             if self.step % self.settings.checkpoint_every == 0 or self.step == steps or stop:
                 before = time.perf_counter()
-                self._save()
+                self.saver.save(self.step, self._state())
+                if stop:
+                    self.saver.wait()
                 last_time += time.perf_counter() - before
             if stop:  # in the last step too: the stages after this one are not to begin
                 raise StopRequested(
@@ -242,13 +236,9 @@ class _Trainer:
         )
         return [part.to(self.context.device) for part in split]
 
-    def _save(self) -> None:
-        tensors = model_to_hf(self.model, self.engine.weights())
-        optimizer: dict[str, Tensor] = {}
-        for moment, values in self.engine.moments().items():
-            for name, value in model_to_hf(self.model, values).items():
-                optimizer[f"{moment}.{name}"] = value
-        state = {
+    def _state(self) -> dict[str, Any]:
+        """What a checkpoint holds beside weights and moments."""
+        return {
             "tokens": self.tokens,
             "loss_tokens": self.loss_tokens,
             "phase": self.phase,
@@ -256,20 +246,6 @@ class _Trainer:
             "config": dict(self.context.fingerprint),
             "commit": self.context.commit,
         }
-        on_main(
-            self.context.ranks,
-            lambda: str(
-                save_checkpoint(
-                    self.folder,
-                    step=self.step,
-                    model=tensors,
-                    optimizer=optimizer,
-                    state=state,
-                    keep_last=self.settings.keep_last,
-                )
-            ),
-        )
-        barrier()
 
     def _request_stop(self, number: int, frame: FrameType | None) -> None:
         del number, frame

@@ -99,7 +99,18 @@ class TrainSettings:
     """Steps between checkpoints; the last step always has one."""
 
     keep_last: int = 2
-    """Checkpoints kept."""
+    """Newest checkpoints kept."""
+
+    keep_best: int = 0
+    """Checkpoints of the lowest loss that are kept as well, named in `checkpoints/best.json`. The
+    loss is the held-out one where `eval_every` is set, else the mean over the steps since the
+    checkpoint before."""
+
+    eval_every: int = 0
+    """Steps between measurements of the loss on held-out samples (`eval/loss`); 0: never."""
+
+    eval_batches: int = 4
+    """Held-out samples of a measurement, in batches of `batch_size`."""
 
     log_every: int = 1
     """Steps between lines of `metrics.jsonl`."""
@@ -121,6 +132,9 @@ class TrainSettings:
         for name in ("steps", "batch_size", "checkpoint_every", "keep_last", "log_every"):
             at_least(section, {name: getattr(self, name)}, 1)
         at_least(section, {"logits_elements": self.logits_elements}, 1)
+        at_least(section, {"eval_batches": self.eval_batches}, 1)
+        for name in ("keep_best", "eval_every"):
+            at_least(section, {name: getattr(self, name)}, 0)
         for name in ("micro_batch_size", "seq_length"):
             if getattr(self, name) is not None:
                 at_least(section, {name: getattr(self, name)}, 1)
