@@ -13,6 +13,9 @@ from data_prep.readers.base import (
     UnitReport,
     split_of,
 )
+from data_prep.readers.files import find_files
+from data_prep.readers.read import read_unit
+from data_prep.readers.units import held_out_packages, list_units, package_files
 
 __all__ = [
     "SPLITS",
@@ -23,5 +26,10 @@ __all__ = [
     "ReadReport",
     "Unit",
     "UnitReport",
+    "find_files",
+    "held_out_packages",
+    "list_units",
+    "package_files",
+    "read_unit",
     "split_of",
 ]
