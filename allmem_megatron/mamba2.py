@@ -13,7 +13,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from allmem_megatron.config import BaseModelConfig, MemoryConfig, MixerSettings
-from allmem_megatron.memory import BranchBase, roll_queries
+from allmem_megatron.context_parallel import ContextShard
+from allmem_megatron.memory import BranchBase, refuse_controls, roll_queries
+from allmem_megatron.memory_parallel import ssd_over_ranks
 from kernels.ssd import ssd_scan
 
 
@@ -38,23 +40,39 @@ class Mamba2Branch(BranchBase):
         self.d_skip = self.parameter(self.num_heads)
         self.mean_dt: Tensor | None = None
 
-    def forward(self, x: Tensor, settings: MixerSettings, cu_seqlens: Tensor | None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        settings: MixerSettings,
+        cu_seqlens: Tensor | None,
+        shard: ContextShard | None = None,
+        layer: int = 0,
+    ) -> Tensor:
         """Runs the recurrence over x [T, B, D]; returns alpha * its output, shaped as x.
 
-        The controls mean the same as for the memory: `write_off` keeps the state empty,
-        `shuffle_state` reads another row's state.
+        Arguments as in `MemoryBranch.forward`. The controls mean the same as for the memory:
+        `write_off` keeps the state empty, `shuffle_state` reads another row's state.
         """
-        q, k, v = self.convolved(x, cu_seqlens)
+        if shard is not None:
+            refuse_controls(settings, shard)
+            cu_seqlens = shard.local_cu_seqlens
+        x = self.entered(x)
+        q, k, v = self.convolved(x, cu_seqlens, shard, layer)
         c = self.heads(F.silu(q), self.qk_head_dim)
         b = self.heads(F.silu(k), self.qk_head_dim)
         v = self.heads(F.silu(v), self.head_dim)
         dt = F.softplus(self.project(self.dt_proj, x).float())
+        gate = self.project(self.gate_proj, x)
         self.mean_dt = dt.detach().mean()
         if settings.write_off:
             dt = torch.zeros_like(dt)
+            shard = None  # the state stays 0: nothing to hand on
         if settings.shuffle_state:
             c = roll_queries(c, cu_seqlens)
-        y, _ = ssd_scan(v, dt, self.a_log, b, c, cu_seqlens=cu_seqlens)
+        if shard is None:
+            y, _ = ssd_scan(v, dt, self.a_log, b, c, cu_seqlens=cu_seqlens)
+        else:
+            y = ssd_over_ranks((v, dt, b, c), self.a_log, shard, layer)
         if settings.shuffle_state:
             y = y.roll(-1, dims=0)
-        return self.output(y + self.d_skip[:, None] * v, x)
+        return self.output(y + self.d_skip[:, None] * v, gate)

@@ -9,14 +9,24 @@ width of a head's network.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from allmem_megatron.config import BaseModelConfig, MemoryConfig, MixerSettings
+from allmem_megatron.context_parallel import ContextShard
+from allmem_megatron.memory_parallel import conv_halo, keep_gradients, memory_over_ranks
 from allmem_megatron.norm import shared_over_tp
+from allmem_megatron.shard_scan import ShardDocuments, Streams
 from kernels.ttt_memory import FastWeights, memory_scan
 from kernels.ttt_memory.branch import (
     causal_conv,
@@ -69,16 +79,31 @@ class BranchBase(MegatronModule):
         self.alpha = self.parameter(base.hidden_size)
 
     def column(self, in_size: int, out_size: int, bias: bool = False) -> ColumnParallelLinear:
-        """A projection whose outputs are split over the ranks by memory head."""
-        return ColumnParallelLinear(
+        """A projection of `entered` tokens, its outputs split over the ranks by memory head."""
+        linear = ColumnParallelLinear(
             in_size,
             out_size,
             config=self.config,
             init_method=self.config.init_method,
             bias=bias,
             gather_output=False,
+            disable_grad_reduce=True,
             tp_group=self.tp_group,
         )
+        linear.sequence_parallel = False  # its input is gathered already
+        return linear
+
+    def entered(self, x: Tensor) -> Tensor:
+        """x with all tokens on every tensor-parallel rank, its gradient summed over them.
+
+        Once for all projections: each of core's would gather x, and gather it again and scatter
+        its gradient in backward, on its own.
+        """
+        if self.tp_group.size() == 1:
+            return x
+        if self.config.sequence_parallel:  # [T / tp, B, D] -> [T, B, D]
+            return gather_from_sequence_parallel_region(x, group=self.tp_group)
+        return copy_to_tensor_model_parallel_region(x, group=self.tp_group)
 
     def parameter(self, *shape: int) -> nn.Parameter:
         """An unset parameter in the model's dtype."""
@@ -86,30 +111,35 @@ class BranchBase(MegatronModule):
 
     def project(self, linear: ColumnParallelLinear, x: Tensor) -> Tensor:
         """[T, B, D] -> [B, T, outputs of this rank]: from Megatron's order to the kernels'."""
-        return linear(x)[0].transpose(0, 1)
+        out: Tensor = linear(x)[0]
+        return out.transpose(0, 1)
 
     def heads(self, x: Tensor, head_dim: int) -> Tensor:
         """[B, T, H K] -> [B, T, H, K]."""
         return x.unflatten(-1, (self.num_heads, head_dim))
 
-    def convolved(self, x: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def convolved(
+        self,
+        x: Tensor,
+        cu_seqlens: Tensor | None,
+        shard: ContextShard | None = None,
+        layer: int = 0,
+    ) -> list[Tensor]:
         """q, k, v of equation (2), each [B, T, H K]."""
-        pairs = (
-            (self.q_proj, self.q_conv),
-            (self.k_proj, self.k_conv),
-            (self.v_proj, self.v_conv),
-        )
-        q, k, v = (
-            causal_conv(self.project(linear, x), conv, cu_seqlens=cu_seqlens)[0]
-            for linear, conv in pairs
-        )
-        return q, k, v
+        inputs = [self.project(linear, x) for linear in (self.q_proj, self.k_proj, self.v_proj)]
+        convs = (self.q_conv, self.k_conv, self.v_conv)
+        tails: list[Tensor] | list[None] = [None] * 3
+        if shard is not None:
+            tails = conv_halo(inputs, self.q_conv.shape[-1] - 1, shard, layer)
+        return [
+            causal_conv(part, conv, tail=tail, cu_seqlens=cu_seqlens)[0]
+            for part, conv, tail in zip(inputs, convs, tails, strict=True)
+        ]
 
-    def output(self, v_hat_BTHK: Tensor, x: Tensor) -> Tensor:
-        """alpha times equation (12), [T, B, D]."""
+    def output(self, v_hat_BTHK: Tensor, gate_logits: Tensor) -> Tensor:
+        """alpha times equation (12), [T, B, D]; gate_logits [B, T, H]."""
         norm_weight = shared_over_tp(self.o_norm, self.tp_group)
-        gate = self.project(self.gate_proj, x)
-        mixed = memory_output(v_hat_BTHK, norm_weight, gate, self.eps)
+        mixed = memory_output(v_hat_BTHK, norm_weight, gate_logits, self.eps)
         # [B, T, H K] -> [T, B, H K]
         out, _ = self.o_proj(mixed.transpose(0, 1).contiguous())
         alpha: Tensor = self.alpha
@@ -151,18 +181,35 @@ class MemoryBranch(BranchBase):
         self.mean_eta: Tensor | None = None
         self.mean_mu: Tensor | None = None
 
-    def forward(self, x: Tensor, settings: MixerSettings, cu_seqlens: Tensor | None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        settings: MixerSettings,
+        cu_seqlens: Tensor | None,
+        shard: ContextShard | None = None,
+        layer: int = 0,
+    ) -> Tensor:
         """Reads and writes the memory over x.
 
         Args:
             x: [T, B, D] ([T / tp, B, D] under sequence parallelism), after the layer's norm.
             settings: chunk size and controls.
             cu_seqlens: [N + 1] document bounds for B = 1, or None.
+            shard: where the tokens lie if other ranks hold some; cu_seqlens is then not read.
+            layer: names what goes to and comes from those ranks.
 
         Returns:
             alpha * AllMem(x), shaped as x.
+
+        Raises:
+            ValueError: `shuffle_state` with rows that do not fit it, or with a shard.
         """
-        q, k, v = self.convolved(x, cu_seqlens)
+        if shard is not None:
+            refuse_controls(settings, shard)
+            cu_seqlens = shard.local_cu_seqlens
+        x = self.entered(x)
+        # all that needs no state comes first: with a shard, the scan waits for the rank before
+        q, k, v = self.convolved(x, cu_seqlens, shard, layer)
         q, k, v = (self.heads(part, self.head_dim) for part in (q, k, v))
         q = memory_qk(q, shared_over_tp(self.q_norm, self.tp_group), self.eps)
         k = memory_qk(k, shared_over_tp(self.k_norm, self.tp_group), self.eps)
@@ -170,30 +217,67 @@ class MemoryBranch(BranchBase):
         eta_logits = self.project(self.eta_proj, x).float()
         eta = eta_from(eta_logits.unflatten(-1, (self.num_heads, 3)))
         mu = mu_from(self.project(self.mu_proj, x).float())
+        gate = self.project(self.gate_proj, x)
         self.mean_eta, self.mean_mu = eta.detach().float().mean(), mu.detach().float().mean()
+        weights = FastWeights(self.fast_gate, self.fast_up, self.fast_down)
         chunk_size = settings.chunk_size
         if settings.write_off:
             # one chunk that is never written: even the renormalisation (9) leaves W0 alone
             eta, mu = torch.zeros_like(eta), torch.zeros_like(mu)
             chunk_size = max(chunk_size, q.shape[1] + 1)
+            shard = None  # W0 everywhere: nothing to hand on
         if settings.shuffle_state:
             q = roll_queries(q, cu_seqlens)
-        v_hat, _ = memory_scan(
-            q,
-            k,
-            v,
-            eta,
-            mu,
-            FastWeights(self.fast_gate, self.fast_up, self.fast_down),
-            chunk_size=chunk_size,
-            cu_seqlens=cu_seqlens,
-            clip=self.clip,
-            decay=self.decay,
-            return_state=False,
-        )
+        v_hat = self._scan((q, k, v, eta, mu), weights, chunk_size, cu_seqlens, shard, layer)
         if settings.shuffle_state:
             v_hat = v_hat.roll(-1, dims=0)
-        return self.output(v_hat, x)
+        return self.output(v_hat, gate)
+
+    def _scan(
+        self,
+        streams: Streams,
+        weights: FastWeights,
+        chunk_size: int,
+        cu_seqlens: Tensor | None,
+        shard: ContextShard | None,
+        layer: int,
+    ) -> Tensor:
+        """Equations (8) to (11), over ranks if there is a shard; every input gets a gradient."""
+        q, k, v, eta, mu = streams
+        options: dict[str, Any] = {
+            "chunk_size": chunk_size,
+            "clip": self.clip,
+            "decay": self.decay,
+        }
+        if shard is None:
+            v_hat, _ = memory_scan(
+                q, k, v, eta, mu, weights, cu_seqlens=cu_seqlens, return_state=False, **options
+            )
+        else:
+            v_hat = memory_over_ranks(streams, weights, shard, layer, **options)
+        if num_chunks(q.shape[1], cu_seqlens, shard, chunk_size):
+            return v_hat
+        return keep_gradients(v_hat, k, v, eta, mu, *weights)
+
+
+def num_chunks(
+    num_tokens: int, cu_seqlens: Tensor | None, shard: ContextShard | None, chunk_size: int
+) -> int:
+    """Chunks that end among these tokens, which are all of a sequence or one rank's shard of it."""
+    if shard is None:
+        documents = ShardDocuments(cu_seqlens, num_tokens, 0, num_tokens, False)
+    else:
+        documents = ShardDocuments.of(shard)
+    return documents.complete_chunks(chunk_size)
+
+
+def refuse_controls(settings: MixerSettings, shard: ContextShard) -> None:
+    """Refuses what needs whole sequences on one rank. Raises: ValueError."""
+    if settings.shuffle_state:
+        raise ValueError(
+            f"shuffle_state=True over {shard.size} context-parallel ranks: the rows' states do not"
+            " meet there; evaluate whole sequences, with cp_mode=None"
+        )
 
 
 def roll_queries(q: Tensor, cu_seqlens: Tensor | None) -> Tensor:

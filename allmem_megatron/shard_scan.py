@@ -23,12 +23,13 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor
 
+from allmem_megatron.context_parallel import ContextShard
+from allmem_megatron.exchange import Spec
 from kernels.ssd import ssd_scan
 from kernels.ttt_memory import FastWeights, MemoryState, memory_scan
 
 State = TypeVar("State")
 Streams = tuple[Tensor, ...]
-Spec = tuple[tuple[int, ...], torch.dtype]
 
 
 def scan_in_order(
@@ -154,36 +155,27 @@ class StateLayout:
 # ------------------------------------------------------------------------------- where tokens lie
 
 
-def document_start(cu_seqlens: Tensor | None, position: int) -> int:
-    """Start of the document that holds the token at `position` (of the whole sequence)."""
-    if cu_seqlens is None:
-        return 0
-    return max(start for start in cu_seqlens.tolist() if start <= position)
-
-
-def halo_of(
-    cu_seqlens: Tensor | None, bounds: Sequence[tuple[int, int]], rank: int, reach: int
-) -> list[tuple[int, int, int]]:
+def halo_of(shard: ContextShard, rank: int, reach: int) -> list[tuple[int, int, int]]:
     """The last `reach` tokens before a rank's shard, as far as they are of its first document.
 
     Args:
-        cu_seqlens: global document bounds, or None.
-        bounds: (start, stop) of every rank's shard.
+        shard: of any rank.
         rank: whose halo.
         reach: tokens looked back.
 
     Returns:
-        (rank that holds them, first, one past the last token), in the order of the sequence.
+        (rank that holds them, first, one past the last token), nearest rank first.
     """
-    start = bounds[rank][0]
-    begin = max(start - reach, document_start(cu_seqlens, start))
-    pieces = ((r, max(begin, lo), min(start, hi)) for r, (lo, hi) in enumerate(bounds[:rank]))
-    return [(r, lo, hi) for r, lo, hi in pieces if lo < hi]
+    its = shard.at(rank)
+    begin = max(its.start - reach, its.document_start)
+    shards = ((source, *shard.bounds(source)) for source in reversed(range(rank)))
+    pieces = ((source, max(begin, lo), min(its.start, hi)) for source, lo, hi in shards)
+    return [piece for piece in pieces if piece[1] < piece[2]]
 
 
 @dataclass(frozen=True)
 class ShardDocuments:
-    """The documents of one rank's shard, from the global bounds that every rank knows."""
+    """The documents of one rank's shard."""
 
     bounds: Tensor | None
     """int `[N + 1]`, bounds inside the shard, none empty; None: every row is one document."""
@@ -197,17 +189,15 @@ class ShardDocuments:
     """The last document goes on in the next rank."""
 
     @classmethod
-    def of(
-        cls, cu_seqlens: Tensor | None, start: int, stop: int, num_tokens: int
-    ) -> ShardDocuments:
-        """The documents of tokens [start, stop) of `num_tokens`, with global bounds or None."""
-        before = start - document_start(cu_seqlens, start)
-        if cu_seqlens is None:
-            return cls(None, stop - start, before, stop, stop < num_tokens)
-        inside = sorted({b for b in cu_seqlens.tolist() if start < b < stop})
-        ends = torch.tensor([0, *(b - start for b in inside), stop - start])
-        last = stop - document_start(cu_seqlens, stop - 1)
-        return cls(ends, stop - start, before, last, stop not in cu_seqlens.tolist())
+    def of(cls, shard: ContextShard) -> ShardDocuments:
+        """The documents of a shard."""
+        num_tokens = shard.stop - shard.start
+        before = shard.start - shard.document_start
+        bounds = shard.local_cu_seqlens
+        last = before + num_tokens
+        if bounds is not None and len(bounds) > 2:
+            last = num_tokens - int(bounds[-2])
+        return cls(bounds, num_tokens, before, last, shard.leaves)
 
     def complete_chunks(self, chunk_size: int) -> int:
         """Chunks that end in this shard: of all its documents, of each row where there are none."""

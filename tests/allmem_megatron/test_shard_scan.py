@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
+from allmem_megatron.context_parallel import ContextShard
 from allmem_megatron.shard_scan import (
     ShardDocuments,
     StateLayout,
@@ -58,8 +59,20 @@ class Line:
         return out
 
 
-def shards_of(tokens: int, ranks: int) -> list[tuple[int, int]]:
-    return [(r * tokens // ranks, (r + 1) * tokens // ranks) for r in range(ranks)]
+def shards_of(tokens: int, ranks: int, bounds: list[int] | None) -> list[ContextShard]:
+    """The shard of every rank; none of them speaks to another."""
+    each = tokens // ranks
+    first = ContextShard(
+        exchange=None,
+        mode="wavefront",
+        rank=0,
+        size=ranks,
+        start=0,
+        stop=each,
+        num_tokens=tokens,
+        cu_seqlens=None if bounds is None else torch.tensor(bounds),
+    )
+    return [first.at(rank) for rank in range(ranks)]
 
 
 def gradients_of(out: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
@@ -95,11 +108,10 @@ def test_shards_one_after_another_equal_one_scan(layout, strange):
     packed = None if bounds is None else torch.tensor(bounds)
     one, _ = memory_scan(*streams, weights, cu_seqlens=packed, **options)
     line, parts = Line(), []
-    for start, stop in shards_of(ranks * tokens, ranks):
-        documents = ShardDocuments.of(packed, start, stop, ranks * tokens)
-        shard = tuple(x[:, start:stop] for x in streams)
+    for shard in shards_of(ranks * tokens, ranks, bounds):
+        own = tuple(x[:, shard.start : shard.stop] for x in streams)
         ends = {"receive": line.receive, "send": line.send}
-        parts.append(scan_shard(shard, weights, documents, **ends, **options))
+        parts.append(scan_shard(own, weights, ShardDocuments.of(shard), **ends, **options))
     assert not line.messages
     assert_same(one, torch.cat(parts, 1), [*streams, *weights])
 
@@ -113,11 +125,10 @@ def test_ssd_shards_one_after_another_equal_one_scan(layout):
     packed = None if bounds is None else torch.tensor(bounds)
     one, _ = ssd_scan(x, dt, a_log, b, c, cu_seqlens=packed)
     line, parts = Line(), []
-    for start, stop in shards_of(ranks * tokens, ranks):
-        documents = ShardDocuments.of(packed, start, stop, ranks * tokens)
-        shard = tuple(y[:, start:stop] for y in (x, dt, b, c))
+    for shard in shards_of(ranks * tokens, ranks, bounds):
+        own = tuple(y[:, shard.start : shard.stop] for y in (x, dt, b, c))
         ends = {"receive": line.receive, "send": line.send}
-        parts.append(ssd_scan_shard(shard, a_log, documents, **ends))
+        parts.append(ssd_scan_shard(own, a_log, ShardDocuments.of(shard), **ends))
     assert_same(one, torch.cat(parts, 1), [x, dt, b, c, a_log])
 
 
@@ -125,25 +136,24 @@ def test_ssd_shards_one_after_another_equal_one_scan(layout):
 @given(layouts(), st.integers(1, 12))
 def test_halo_is_what_lies_before_in_the_same_document(layout, reach):
     ranks, tokens, bounds, _, _ = layout
-    packed = None if bounds is None else torch.tensor(bounds)
-    shards = shards_of(ranks * tokens, ranks)
+    shards = shards_of(ranks * tokens, ranks, bounds)
     owner = [t // tokens for t in range(ranks * tokens)]
     edges = [0, ranks * tokens] if bounds is None else bounds
     document = [sum(edge <= t for edge in edges) for t in range(ranks * tokens)]
-    for rank, (start, _) in enumerate(shards):
+    for shard in shards:
         want = [
             (owner[t], t)
-            for t in range(max(0, start - reach), start)
-            if document[t] == document[start]
+            for t in range(max(0, shard.start - reach), shard.start)
+            if document[t] == document[shard.start]
         ]
-        pieces = halo_of(packed, shards, rank, reach)
-        assert [(r, t) for r, lo, hi in pieces for t in range(lo, hi)] == want
+        pieces = halo_of(shards[0], shard.rank, reach)
+        assert sorted((r, t) for r, lo, hi in pieces for t in range(lo, hi)) == want
+        assert [r for r, _, _ in pieces] == sorted({r for r, _ in want}, reverse=True)
 
 
 def test_documents_that_begin_inside_are_computed_and_sent_before_the_wait():
     streams, weights = leaves(1, 12, seed=0)
-    bounds = torch.tensor([0, 7, 18])  # rank 1 of 3 holds tokens 6 to 11
-    documents = ShardDocuments.of(bounds, 6, 12, 18)
+    documents = ShardDocuments.of(shards_of(18, 3, [0, 7, 18])[1])  # tokens 6 to 11
     assert documents.before == 6
     assert documents.leaves
     line = Line()
@@ -192,11 +202,10 @@ def test_a_state_survives_the_way_bit_for_bit(dtype, num_pending):
 @given(layouts())
 def test_chunks_of_all_shards_are_those_of_the_sequence(layout):
     ranks, tokens, bounds, chunk, _ = layout
-    packed = None if bounds is None else torch.tensor(bounds)
     edges = [0, ranks * tokens] if bounds is None else bounds
     want = sum((b - a) // chunk for a, b in itertools.pairwise(edges))
     found = [
-        ShardDocuments.of(packed, start, stop, ranks * tokens).complete_chunks(chunk)
-        for start, stop in shards_of(ranks * tokens, ranks)
+        ShardDocuments.of(shard).complete_chunks(chunk)
+        for shard in shards_of(ranks * tokens, ranks, bounds)
     ]
     assert sum(found) == want
