@@ -36,6 +36,16 @@ CHAT_FIELDS = (
 ROLES = ("system", "user", "assistant")
 FILE_ORDERS = ("hashed", "sorted")
 PACKINGS = ("best_fit", "none")
+LONG_DOCUMENTS = ("split", "truncate", "drop")
+RUNTIME_FIELDS = (
+    "dir",
+    "num_processes",
+    "num_workers",
+    "worker_rank",
+    "wait_s",
+    "keep_work",
+)
+"""Fields of `PrepareConfig` that decide place and speed, and no byte of a shard."""
 
 
 def _check_range(name: str, value: tuple[float, float], low: float, high: float) -> None:
@@ -151,6 +161,16 @@ class SourceConfig:
     is cut are named by byte offset where they have no id."""
     max_record_bytes: int = 64 * 2**20
     """A record or text file of more bytes is left out and counted, without being held in memory."""
+    long_documents: str = "split"
+    """Text beyond the length of a sample (or of `lengths`): `split` into windows of that length,
+    one after the other, each a document of its own; `truncate`: the first window alone; `drop`.
+    Conversations have `chat.too_long` instead."""
+    min_tail: int = 1
+    """`split`: a last window of fewer tokens is dropped and counted."""
+    lengths: dict[str, float] = field(default_factory=dict)
+    """Longest document in tokens, by shares of the documents, such as {4096: 1, 24576: 3}: each is
+    cut at a length that its id draws, and samples of seq_length hold several, divided by
+    `cu_seqlens`. Empty: seq_length for all."""
     weight: float = 1.0
     """Share of the split's samples where their number is given."""
     eval_weight: float | None = None
@@ -198,10 +218,31 @@ class SourceConfig:
             raise ValueError(
                 f"source {self.name}: eval_weight={self.eval_weight} must not be negative"
             )
-        for name in ("max_documents", "max_characters", "max_filler_tokens", "max_record_bytes"):
+        self._check_lengths()
+        for name in (
+            *("max_documents", "max_characters", "max_filler_tokens", "max_record_bytes"),
+            "min_tail",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"source {self.name}: {name}={value} must be at least 1")
+
+    def _check_lengths(self) -> None:
+        check_choice("long_documents", self.long_documents, LONG_DOCUMENTS)
+        object.__setattr__(self, "lengths", {str(n): share for n, share in self.lengths.items()})
+        for length, share in self.lengths.items():
+            if not length.isdecimal() or int(length) < 8 or not share > 0:
+                raise ValueError(
+                    f"source {self.name}: lengths {{{length}: {share}}} must be a number of tokens "
+                    "(8 or more) and a share above 0; write {4096: 1, 24576: 3}"
+                )
+        if self.kind in (*CHAT_KINDS, *GENERATED_KINDS) and (
+            self.lengths or self.long_documents != "split" or self.min_tail != 1
+        ):
+            raise ValueError(
+                f"source {self.name}: lengths, long_documents and min_tail are for text; "
+                f"kind={self.kind} has none to cut, leave them out"
+            )
 
     def _check_reading(self, reads: str) -> None:
         """Rules about how text is read; `reads` is the kind that is, of the filler if generated."""
@@ -284,6 +325,21 @@ class PrepareConfig:
     """Removal of duplicates over all sources that are read."""
     decontaminate: DecontaminateConfig = field(default_factory=DecontaminateConfig)
     """Removal of text that stands in evaluation sets."""
+    dir: str | None = None
+    """Where the shards go: a folder or an fsspec URL such as s3://bucket/corpus; default: the
+    stage's folder, which keeps manifest and work files in any case."""
+    num_processes: int = 0
+    """Processes on this machine; 0: as many as cores, at most 8, and one for little text."""
+    num_workers: int = 1
+    """Separate calls of stage=prepare that share the work over one file system, as in a Slurm
+    array; above 1 only with stage=prepare. Samples and shards are the same for any number."""
+    worker_rank: int = 0
+    """Which of them this call is: 0 … num_workers - 1."""
+    wait_s: float = 3600.0
+    """Seconds that a worker waits for the others' work without seeing any of it grow; then it
+    ends and names the workers that are missing. 0: it does its own part and does not wait."""
+    keep_work: bool = False
+    """Keep the tokenized documents (`work/`) once all shards are written."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sources", list(self.sources))
@@ -300,13 +356,36 @@ class PrepareConfig:
         if self.seed < 0:
             raise ValueError(f"seed={self.seed} must be at least 0")
         check_choice("packing", self.packing, PACKINGS)
+        self._check_workers()
         names = [source.name for source in self.sources]
         if len(set(names)) != len(names):
             raise ValueError(f"source names {names} must differ; give data.sources[i].name")
+        for source in self.sources:
+            if any(int(length) > self.seq_length for length in source.lengths):
+                raise ValueError(
+                    f"source {source.name}: lengths {[*source.lengths]} go beyond "
+                    f"seq_length={self.seq_length}; raise data.seq_length or leave them out"
+                )
+
+    def _check_workers(self) -> None:
+        if self.num_processes < 0:
+            raise ValueError(f"num_processes={self.num_processes} must be at least 0")
+        if not 0 <= self.worker_rank < self.num_workers:
+            raise ValueError(
+                f"worker_rank={self.worker_rank} with num_workers={self.num_workers}: ranks run "
+                "from 0 to num_workers - 1; correct data.worker_rank"
+            )
+        if self.wait_s < 0:
+            raise ValueError(f"wait_s={self.wait_s} must be at least 0")
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) of all but the tokenizer's path (the manifest holds its hash)."""
-        return config_hash({**to_dict(self), "tokenizer": None})
+        return config_hash({**self.contents(), "tokenizer": None})
+
+    def contents(self) -> dict[str, Any]:
+        """What decides the shards' bytes, as plain JSON types: all but `RUNTIME_FIELDS`."""
+        plain = to_dict(self)
+        return {name: value for name, value in plain.items() if name not in RUNTIME_FIELDS}
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -48,7 +48,7 @@ def fingerprint(
     name, _ = split_entry(entry)
     branch = branch_of(config, entry)
     plain = to_plain(config)
-    chosen: dict[str, Any] = {"data": plain["data"], "model": plain["model"]}
+    chosen: dict[str, Any] = {"data": config.data.contents(), "model": plain["model"]}
     if name == "prepare":
         return flatten(chosen)
     chosen["run"] = {"seed": config.run.seed}
