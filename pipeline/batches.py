@@ -43,23 +43,48 @@ class MicroBatch(NamedTuple):
     """[B, T] int64; with `cu_seqlens` the rows lie one after the other in a single one."""
     targets: Tensor
     """[B, T] bool: positions whose next token is a loss token."""
+    labels: Tensor
+    """[B, T] int64: the next token of the whole row, read where `targets` is true."""
     cu_seqlens: Tensor | None
-    """[N+1] int32 borders of packed documents (B = 1), or None."""
+    """[N+1] int32 borders of packed documents (B = 1) in the whole row, on the CPU; or None."""
 
     @classmethod
     def of(cls, tokens: Tensor, loss_mask: Tensor, cu_seqlens: Tensor | None) -> MicroBatch:
         """Move the loss mask from targets to the positions that predict them."""
         if cu_seqlens is not None:
             tokens, loss_mask = tokens.reshape(1, -1), loss_mask.reshape(1, -1)
-        return cls(tokens, target_mask(loss_mask, cu_seqlens), cu_seqlens)
+        labels = torch.zeros_like(tokens)
+        labels[:, :-1] = tokens[:, 1:]
+        return cls(tokens, target_mask(loss_mask, cu_seqlens), labels, cu_seqlens)
+
+    def shard(self, rank: int, size: int) -> MicroBatch:
+        """The part of a context-parallel rank: T / size neighbouring tokens of every row.
+
+        Labels were taken from the whole row, so the last token of a part still has its own.
+
+        Raises:
+            ValueError: T does not split.
+        """
+        num_tokens = self.tokens.shape[1]
+        if num_tokens % size:
+            raise ValueError(
+                f"{num_tokens} tokens do not split over parallel.cp={size} ranks; set "
+                f"data.seq_length to a multiple of {size}"
+            )
+        share = num_tokens // size
+        columns = slice(rank * share, (rank + 1) * share)
+        return self._replace(
+            tokens=self.tokens[:, columns],
+            targets=self.targets[:, columns],
+            labels=self.labels[:, columns],
+        )
 
     def to(self, device: torch.device) -> MicroBatch:
-        """The same on another device."""
-        borders = self.cu_seqlens
-        return MicroBatch(
-            self.tokens.to(device, non_blocking=True),
-            self.targets.to(device, non_blocking=True),
-            None if borders is None else borders.to(device, non_blocking=True),
+        """The same on another device; the borders stay, they steer loops on the CPU."""
+        return self._replace(
+            tokens=self.tokens.to(device, non_blocking=True),
+            targets=self.targets.to(device, non_blocking=True),
+            labels=self.labels.to(device, non_blocking=True),
         )
 
 
@@ -72,10 +97,14 @@ class RankSplit(NamedTuple):
     """Forward passes of a step, the same in all phases."""
 
 
-def split_over_ranks(
-    stage: str, phases: Sequence[TrainSettings], world_size: int
-) -> list[RankSplit]:
+def split_over_ranks(stage: str, phases: Sequence[TrainSettings], dp_size: int) -> list[RankSplit]:
     """Sequences per forward pass of one rank, for each phase of a stage.
+
+    Args:
+        stage: its name, for messages.
+        phases: settings of each phase.
+        dp_size: data-parallel groups; the tensor- and context-parallel ranks of a group work on
+            the same sequences.
 
     Raises:
         ValueError: a batch does not split over the ranks, or `micro_batch_size` (of the first
@@ -83,11 +112,11 @@ def split_over_ranks(
     """
     shares: list[int] = []
     for settings in phases:
-        per_rank, rest = divmod(settings.batch_size, world_size)
+        per_rank, rest = divmod(settings.batch_size, dp_size)
         if rest:
             raise ValueError(
-                f"{stage}.batch_size={settings.batch_size} does not split over {world_size} ranks; "
-                f"set {stage}.batch_size={(per_rank + 1) * world_size}"
+                f"{stage}.batch_size={settings.batch_size} does not split over {dp_size} ranks; "
+                f"set {stage}.batch_size={(per_rank + 1) * dp_size}"
             )
         shares.append(per_rank)
     micro = phases[0].micro_batch_size or shares[0]

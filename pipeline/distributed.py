@@ -163,17 +163,45 @@ def barrier() -> None:
         dist.barrier()
 
 
-def sum_over_ranks(values: Sequence[float], device: torch.device) -> list[float]:
-    """Sum numbers over all ranks, in float64."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+def sum_over_ranks(
+    values: Sequence[float], device: torch.device, group: dist.ProcessGroup | None = None
+) -> list[float]:
+    """Sum numbers over all ranks, or over those of a group, in float64."""
+    if not dist.is_initialized() or dist.get_world_size(group) == 1:
         return [float(value) for value in values]
     total = torch.tensor(list(values), dtype=torch.float64, device=device)
-    dist.all_reduce(total)
+    dist.all_reduce(total, group=group)
     return [float(value) for value in total.tolist()]
 
 
 class MainRankFailedError(RuntimeError):
     """Rank 0 failed at something that the others wait for; it has told the user why."""
+
+
+def on_some(ranks: Ranks, chosen: bool, action: Callable[[], Result]) -> Result | None:
+    """Do something on chosen ranks, which may communicate among themselves; None on the others.
+
+    Raises:
+        Exception: on a chosen rank what its action raised; on the others, if one failed, a
+            MainRankFailedError with its text.
+    """
+    result: Result | None = None
+    failure: Exception | None = None
+    if chosen:
+        try:
+            result = action()
+        except Exception as error:  # noqa: BLE001 - re-raised below, after the others know
+            failure = error
+    texts: list[str | None] = [None] * ranks.world_size
+    if ranks.world_size > 1:
+        own = None if failure is None else f"{type(failure).__name__}: {failure}"
+        dist.all_gather_object(texts, own)
+    if failure is not None:
+        raise failure
+    for rank, text in enumerate(texts):
+        if text is not None:
+            raise MainRankFailedError(f"rank {rank} failed: {text}")
+    return result
 
 
 def on_main(ranks: Ranks, action: Callable[[], Result]) -> Result:

@@ -4,6 +4,9 @@ The optimizer is torch's AdamW, given to DeepSpeed as the client's, so that the 
 with and without a GPU, and moments have the names everyone knows. The learning rate is set from
 outside before each step. Full float32 weights and moments go out and come in under the model's own
 parameter names, whatever the ZeRO stage and the number of ranks.
+
+ZeRO reduces and splits over DP x CP (`pipeline.mpu`). Gradients of what tensor-parallel ranks hold
+in common are already whole on each of them: the model sums them where it uses such a parameter.
 """
 
 from __future__ import annotations
@@ -20,8 +23,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from allmem_megatron.parallel import ensure_model_parallel
+from allmem_megatron.sharding import set_part
+from pipeline.adamw import MOMENTS, GuardedAdamW
 from pipeline.batches import MicroBatch
 from pipeline.distributed import Ranks, sum_over_ranks
+from pipeline.mpu import ModelParallelUnit
 from pipeline.objectives import Objective
 from pipeline.schema import OptimSettings
 
@@ -30,6 +37,7 @@ if not torch.cuda.is_available():
 import deepspeed
 from deepspeed.utils import (
     safe_get_full_fp32_param,
+    safe_get_full_grad,
     safe_get_full_optimizer_state,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
@@ -46,7 +54,8 @@ warnings.filterwarnings(
     module=r"torch\.distributed\.c10d_logger",
 )
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+PERSISTENT_ELEMENTS = 100_000
+"""Elements up to which ZeRO-3 keeps a parameter whole on every rank: gathering it costs more."""
 
 Kind = Literal["weight", "exp_avg", "exp_avg_sq"]
 
@@ -95,18 +104,20 @@ class Engine:
         dtype: torch.dtype,
         micro_batch_size: int,
         num_micro_batches: int,
+        persistent_elements: int = PERSISTENT_ELEMENTS,
     ) -> None:
-        """Give the parameters to DeepSpeed.
+        """Give the parameters to DeepSpeed; Megatron-Core's groups say over whom it splits them.
 
         Args:
             objective: module whose forward gives a summed loss and further sums.
             trained: the parameters to train by name; all others are left as they are.
             ranks: this process among the others.
             optim: AdamW and clipping.
-            zero_stage: 0, 1 or 2.
+            zero_stage: 0, 1, 2 or 3.
             dtype: float32 or bfloat16, the type of weights and activations.
             micro_batch_size: sequences of one forward pass on this rank.
             num_micro_batches: forward passes of an optimizer step on this rank.
+            persistent_elements: size up to which ZeRO-3 leaves a parameter whole.
 
         Raises:
             ValueError: nothing is trained, or stage 0 with bfloat16.
@@ -118,8 +129,14 @@ class Engine:
                 f"parallel.zero_stage=0 keeps no float32 weights beside {dtype}; "
                 "set parallel.zero_stage=1 or parallel.dtype=float32"
             )
+        ensure_model_parallel()
+        mpu = ModelParallelUnit()
         self.ranks = ranks
         self.objective = objective
+        self._zero_group = mpu.get_data_parallel_group()
+        self._zero_size = mpu.get_data_parallel_world_size()
+        self._tp_group = mpu.get_tensor_model_parallel_group()
+        self._tp_rank = mpu.get_tensor_model_parallel_rank()
         self._trained = dict(trained)
         self._zero_stage = zero_stage
         self._grad_clip = optim.grad_clip
@@ -129,41 +146,52 @@ class Engine:
             {"params": decayed, "weight_decay": optim.weight_decay},
             {"params": plain, "weight_decay": 0.0},
         ]
-        self._adamw = torch.optim.AdamW(
+        self._adamw = GuardedAdamW(
             [group for group in groups if group["params"]],
             lr=0.0,
             betas=(optim.beta1, optim.beta2),
             eps=optim.eps,
         )
-        config = self._deepspeed_config(dtype, micro_batch_size, num_micro_batches)
+        config = self._deepspeed_config(
+            dtype, micro_batch_size, num_micro_batches, persistent_elements
+        )
         with _quiet():
             self._engine, *_ = deepspeed.initialize(
                 model=objective,
                 optimizer=self._adamw,
                 model_parameters=list(trained.values()),
                 config=config,
+                mpu=mpu,
                 dist_init_required=False,
             )
         # DeepSpeed links moments after the first parameter group's first step, when the second
         # group's do not exist yet; made now, both are linked.
         self._create_moments()
+        self._loss_is_finite = False
+        self._grad_norm = math.nan
+        self._adamw.guard = self._may_update
 
     def _deepspeed_config(
-        self, dtype: torch.dtype, micro_batch_size: int, num_micro_batches: int
+        self,
+        dtype: torch.dtype,
+        micro_batch_size: int,
+        num_micro_batches: int,
+        persistent_elements: int,
     ) -> dict[str, Any]:
         on_cuda = self.ranks.device.type == "cuda"
         return {
             "train_micro_batch_size_per_gpu": micro_batch_size,
             "gradient_accumulation_steps": num_micro_batches,
-            "train_batch_size": micro_batch_size * num_micro_batches * self.ranks.world_size,
+            "train_batch_size": micro_batch_size * num_micro_batches * self._zero_size,
             # Without ZeRO DeepSpeed does not tell the norm, so `_clip` clips there.
             "gradient_clipping": self._grad_clip if self._zero_stage else 0.0,
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
             "zero_optimization": {
                 "stage": self._zero_stage,
-                "overlap_comm": on_cuda and self.ranks.world_size > 1,
-                "contiguous_gradients": self.ranks.world_size > 1,
+                "overlap_comm": on_cuda and self._zero_size > 1,
+                "contiguous_gradients": self._zero_size > 1,
+                "stage3_param_persistence_threshold": persistent_elements,
             },
             "bf16": {"enabled": dtype == torch.bfloat16},
             "data_types": {"grad_accum_dtype": "fp32"},
@@ -176,50 +204,86 @@ class Engine:
         """Forward, backward and one AdamW step over the step's micro-batches.
 
         The summed losses are divided by the number of loss tokens of all micro-batches on all
-        ranks. DeepSpeed averages gradients over ranks, hence the factor `world_size`.
+        ranks (tensor-parallel ranks see the same ones, which count once). Where the loss or the
+        gradient is not finite, nothing is updated, on any rank, and the result says `skipped`.
+
+        Raises:
+            ValueError: the step has no loss token at all.
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
         local_count = sum(self.objective.loss_count(batch) for batch in batches)
-        count = sum_over_ranks([local_count], self.ranks.device)[0]
+        count = self._sum([local_count])[0]
         if count == 0:
             raise ValueError(
                 "a step has no loss token at all; check the loss masks of the shards or take a "
                 "larger batch_size"
             )
-        scale = self.ranks.world_size / count
-        loss_sum = torch.zeros((), dtype=torch.float32, device=self.ranks.device)
-        sums: dict[str, Tensor] = {}
-        for batch in batches:
-            total, extra = self._engine(batch)
-            self._engine.backward(total * scale, scale_wrt_gas=False)
-            loss_sum += total.detach()
-            for name, value in extra.items():
-                sums[name] = sums.get(name, 0) + value.detach()
-            if batch is batches[-1] and not self._zero_stage:
-                grad_norm = self._clip()
-            self._engine.step()
-        if self._zero_stage:
-            grad_norm = float(self._engine.get_global_grad_norm())
-        values = torch.stack([loss_sum, *(value.float() for value in sums.values())]).tolist()
-        totals = [value / count for value in sum_over_ranks(values, self.ranks.device)]
-        if not (math.isfinite(totals[0]) and math.isfinite(grad_norm)):
-            raise FloatingPointError(
-                f"the loss is {totals[0]} and the gradient norm {grad_norm}; lower the stage's lr "
-                "or mixer.memory.eta_init, or set mixer.memory.clip=1, and give it another run.dir "
-                "or delete the stage's folder: checkpoints go on with their own settings only"
-            )
+        sums = self._accumulate(batches, count)
+        totals = [value / count for value in self._sum(list(sums.values()))]
+        grad_norm = self._update(loss=totals[0])
         return StepResult(
             loss=totals[0],
             grad_norm=grad_norm,
             loss_tokens=int(count),
-            metrics=dict(zip(sums, totals[1:], strict=True)),
+            metrics=dict(zip(list(sums)[1:], totals[1:], strict=True)),
+            skipped=not self._may_update(),
         )
 
+    def _sum(self, values: Sequence[float]) -> list[float]:
+        """Sum over the ranks that see different tokens."""
+        return sum_over_ranks(values, self.ranks.device, self._zero_group)
+
+    def _accumulate(self, batches: Sequence[MicroBatch], count: float) -> dict[str, float]:
+        """Forward and backward of all micro-batches; this rank's sums, the loss first.
+
+        DeepSpeed averages gradients over DP x CP, hence the factor of their number.
+        """
+        scale = self._zero_size / count
+        sums: dict[str, Tensor] = {}
+        for batch in batches:
+            total, extra = self._engine(batch)
+            self._engine.backward(total * scale, scale_wrt_gas=False)
+            for name, value in {"loss": total, **extra}.items():
+                sums[name] = sums.get(name, 0) + value.detach()
+            if batch is not batches[-1]:
+                self._engine.step()
+        values = torch.stack([value.float() for value in sums.values()]).tolist()
+        return dict(zip(sums, values, strict=True))
+
+    def _update(self, *, loss: float) -> float:
+        """The optimizer's step after the last backward pass; the gradient's norm."""
+        self._loss_is_finite = math.isfinite(loss)
+        self._grad_norm = math.nan if self._zero_stage else self._clip()
+        self._engine.step()
+        if self._zero_stage:
+            self._grad_norm = float(self._engine.get_global_grad_norm())
+        return self._grad_norm
+
+    def _may_update(self) -> bool:
+        """Whether loss and gradient are finite; asked in the optimizer's step and after it."""
+        norm = self._grad_norm
+        if self._zero_stage and math.isnan(norm):  # DeepSpeed knows it, and we will soon
+            norm = float(self._engine.optimizer._global_grad_norm)
+        # a negative norm is DeepSpeed's word for one that is not finite
+        return self._loss_is_finite and math.isfinite(norm) and norm >= 0.0
+
     def _clip(self) -> float:
-        """Clip the gradient where DeepSpeed does not; its norm before."""
-        limit = self._grad_clip or math.inf
-        return float(nn.utils.clip_grad_norm_(list(self._trained.values()), limit))
+        """Clip the gradient where DeepSpeed does not; its norm before.
+
+        What tensor-parallel ranks hold in common counts once, what is split over them in sum.
+        """
+        gradients = [(p, p.grad) for p in self._trained.values() if p.grad is not None]
+        squares = torch.zeros((), dtype=torch.float32, device=self.ranks.device)
+        for parameter, gradient in gradients:
+            if self._tp_rank == 0 or getattr(parameter, "tensor_model_parallel", False):
+                squares += gradient.float().square().sum()
+        torch.distributed.all_reduce(squares, group=self._tp_group)
+        norm = math.sqrt(squares) if math.isfinite(squares) else float(squares)
+        if self._grad_clip and norm > self._grad_clip and math.isfinite(norm):
+            for _, gradient in gradients:
+                gradient.mul_(self._grad_clip / (norm + 1e-6))
+        return norm
 
     def tensor(self, name: str, kind: Kind) -> Tensor:
         """One trained parameter, or a moment of it, in float32 on the CPU.
@@ -243,23 +307,25 @@ class Engine:
             found = safe_get_full_optimizer_state(parameter, kind)
         return found.detach().float().cpu()
 
+    def gradient(self, name: str) -> Tensor:
+        """A trained parameter's gradient between the backward passes and the update, unclipped.
+
+        Float32, of this rank's tensor-parallel part; a collective over DP x CP, as `tensor`.
+        """
+        parameter = self._trained[name]
+        found = safe_get_full_grad(parameter) if self._zero_stage else parameter.grad
+        if found is None:
+            raise ValueError(f"{name} has no gradient; call it after the last backward pass")
+        return found.detach().float().cpu()
+
     def weights(self) -> dict[str, Tensor]:
-        """Full float32 trained weights by parameter name; every rank must call it."""
-        if not self._zero_stage:
-            return {name: p.detach() for name, p in self._trained.items()}
-        return {name: safe_get_full_fp32_param(p).cpu() for name, p in self._trained.items()}
+        """Float32 trained weights by parameter name (see `tensor`); every rank must call it."""
+        return {name: self.tensor(name, "weight") for name in self._trained}
 
     def moments(self) -> dict[str, dict[str, Tensor]]:
-        """Full float32 `exp_avg` and `exp_avg_sq` by parameter name; every rank must call it."""
-        return {moment: self._moment(moment) for moment in MOMENTS}
-
-    def _moment(self, moment: str) -> dict[str, Tensor]:
-        if not self._zero_stage:
-            return {name: self._adamw.state[p][moment] for name, p in self._trained.items()}
-        return {
-            name: safe_get_full_optimizer_state(p, moment).cpu()
-            for name, p in self._trained.items()
-        }
+        """Float32 `exp_avg` and `exp_avg_sq` by parameter name; every rank must call it."""
+        kinds: tuple[Kind, ...] = ("exp_avg", "exp_avg_sq")
+        return {kind: {name: self.tensor(name, kind) for name in self._trained} for kind in kinds}
 
     def load(
         self,
@@ -268,35 +334,42 @@ class Engine:
         *,
         step: int,
     ) -> None:
-        """Go on from saved weights and moments after `step` optimizer steps."""
-        inner = self._adamw
-        for state in inner.state.values():
+        """Go on from saved weights and moments after `step` optimizer steps.
+
+        Args:
+            weights: this rank's tensor-parallel part of each trained parameter.
+            moments: of the same shapes, by moment and parameter name.
+            step: optimizer steps that they stand for.
+        """
+        for state in self._adamw.state.values():
             state["step"].fill_(float(step))
         device = self.ranks.device
-        with torch.no_grad():
-            for name, parameter in self._trained.items():
-                value = weights[name].to(device)
-                parameter.copy_(value)
-                if not self._zero_stage:
-                    for moment in MOMENTS:
-                        inner.state[parameter][moment].copy_(moments[moment][name])
-                    continue
-                safe_set_full_fp32_param(parameter, value)
+        for name, parameter in self._trained.items():
+            value = weights[name].to(device)
+            set_part(parameter, value)
+            if not self._zero_stage:
                 for moment in MOMENTS:
-                    safe_set_full_optimizer_state(
-                        parameter, moments[moment][name].to(device), moment
-                    )
+                    self._adamw.state[parameter][moment].copy_(moments[moment][name])
+                continue
+            safe_set_full_fp32_param(parameter, value.float())
+            for moment in MOMENTS:
+                saved = moments[moment][name].to(device)
+                safe_set_full_optimizer_state(parameter, saved, moment)
 
     def _create_moments(self) -> None:
         """Make AdamW's state, which otherwise its first step makes, and tell ZeRO of it."""
-        for group in self._adamw.param_groups:
-            for tensor in group["params"]:
-                self._adamw.state[tensor] = {
-                    "step": torch.tensor(0.0),
-                    **{moment: torch.zeros_like(tensor) for moment in MOMENTS},
-                }
-        if self._zero_stage:
-            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+        zero = self._engine.optimizer
+        if self._zero_stage == 3:
+            tensors = list(zero.fp32_partitioned_groups_flat)
+        else:
+            tensors = [p for group in self._adamw.param_groups for p in group["params"]]
+        for tensor in tensors:
+            self._adamw.state[tensor] = {
+                "step": torch.tensor(0.0),
+                **{moment: torch.zeros_like(tensor) for moment in MOMENTS},
+            }
+        if self._zero_stage in (1, 2):
+            zero._lazy_init_hp_params_optimizer_state()
 
     def close(self) -> None:
         """Free what DeepSpeed holds, so that the next stage of this process starts clean."""

@@ -6,13 +6,20 @@ Hidden states are selected at the loss tokens first; then slices of `S` tokens g
 projection one after the other. A slice's gradient is formed while its logits are there: the loss is
 a sum, so its gradient with respect to the hidden states, `[N, D]`, is all that the backward pass
 needs (scaled by the incoming gradient), and no logits are computed twice or kept.
+
+Over tensor-parallel ranks the vocabulary is split: each holds the logits of its own part and no
+more. The softmax needs the largest logit and the sum of exponentials over all parts, two numbers a
+token; the gradient with respect to the hidden states is summed over the ranks, once for all slices,
+that with respect to the weights is each rank's own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 
@@ -32,6 +39,24 @@ def slice_tokens(vocab_size: int, max_elements: int) -> int:
     return max(1, max_elements // vocab_size)
 
 
+def _log_softmax_(logits: list[Tensor], group: dist.ProcessGroup | None) -> list[Tensor]:
+    """Log-softmax over the last dimension, which a group's ranks hold in parts.
+
+    Args:
+        logits: each [S, V / ranks], of the same shape; the list is emptied or its tensors are
+            overwritten.
+        group: the ranks in the vocabulary's order; None: the whole vocabulary is here.
+    """
+    if group is None:
+        return [torch.log_softmax(logits.pop(0), dim=-1) for _ in range(len(logits))]
+    largest = torch.stack([part.amax(dim=-1, keepdim=True) for part in logits])
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+    shifted = [part.sub_(top) for part, top in zip(logits, largest, strict=True)]
+    sums = torch.stack([part.exp().sum(dim=-1, keepdim=True) for part in shifted])
+    dist.all_reduce(sums, group=group)
+    return [part.sub_(total.log_()) for part, total in zip(shifted, sums, strict=True)]
+
+
 class _SlicedLoss(torch.autograd.Function):
     """Forward computes the sums and, where asked, the gradients; backward scales them."""
 
@@ -39,13 +64,14 @@ class _SlicedLoss(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden: Tensor,  # [N, D]
-        weight: Tensor,  # [V, D]
+        weight: Tensor,  # [V, D], or this rank's rows of it
         teacher: Tensor | None,  # [N, D]
         targets: Tensor | None,  # [N]
         kl_weight: float,
         ce_weight: float,
         size: int,
         with_gradient: bool,
+        group: dist.ProcessGroup | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         needs_hidden = with_gradient and ctx.needs_input_grad[0]
         needs_weight = with_gradient and ctx.needs_input_grad[1]
@@ -54,17 +80,21 @@ class _SlicedLoss(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=accumulator) if needs_weight else None
         kl = torch.zeros((), dtype=accumulator, device=hidden.device)
         ce = torch.zeros_like(kl)
+        first_token = 0 if group is None else dist.get_rank(group) * weight.shape[0]
         for start in range(0, hidden.shape[0], size):
             part = slice(start, start + size)
             h_SD = hidden[part]
-            log_q = torch.log_softmax((h_SD @ weight.T).to(accumulator), dim=-1)
+            states = [h_SD] if teacher is None else [h_SD, teacher[part]]
+            logits = [(state @ weight.T).to(accumulator) for state in states]
+            log_q, *log_ps = _log_softmax_(logits, group)
             grad_logits: Tensor | None = None
-            index = None
+            index = is_here = None
             if targets is not None:
-                index = targets[part].unsqueeze(1)
-                ce = ce - log_q.gather(1, index).sum()
-            if teacher is not None:
-                log_p = torch.log_softmax((teacher[part] @ weight.T).to(accumulator), dim=-1)
+                index = targets[part].unsqueeze(1) - first_token
+                is_here = (index >= 0) & (index < weight.shape[0])  # all of them with one rank
+                index = index.clamp(0, weight.shape[0] - 1)
+                ce = ce - log_q.gather(1, index).masked_fill(~is_here, 0.0).sum()
+            for log_p in log_ps:
                 p = log_p.exp()
                 kl = kl + torch.sum(p * log_p.sub_(log_q))
                 if needs_hidden or needs_weight:
@@ -74,10 +104,8 @@ class _SlicedLoss(torch.autograd.Function):
                 q = log_q.exp_().mul_(total_weight)
                 # d KL / d logits = q - p; d CE / d logits = q - onehot.
                 grad_logits = q if grad_logits is None else grad_logits.add_(q)
-                if ce_weight and index is not None:
-                    grad_logits.scatter_add_(
-                        1, index, torch.full_like(index, -ce_weight, dtype=accumulator)
-                    )
+                if ce_weight and index is not None and is_here is not None:
+                    grad_logits.scatter_add_(1, index, is_here.to(accumulator) * -ce_weight)
                 grad_logits = grad_logits.to(hidden.dtype)
                 if grad_hidden is not None:
                     torch.matmul(grad_logits, weight, out=grad_hidden[part])
@@ -86,6 +114,10 @@ class _SlicedLoss(torch.autograd.Function):
                         grad_weight.addmm_(grad_logits.T, h_SD)
                     else:  # a product in the weights' own type, summed in float32
                         grad_weight.add_(grad_logits.T @ h_SD)
+        if group is not None:
+            kl, ce = _sum_over((kl, ce), group)
+            if grad_hidden is not None:
+                dist.all_reduce(grad_hidden, group=group)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         total = kl_weight * kl + ce_weight * ce
@@ -100,7 +132,13 @@ class _SlicedLoss(torch.autograd.Function):
             grad_hidden = grad_hidden * scale.to(grad_hidden.dtype)
         if grad_weight is not None:
             grad_weight = (grad_weight * scale).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None, None, None, None, None
+        return grad_hidden, grad_weight, *[None] * 7
+
+
+def _sum_over(values: Sequence[Tensor], group: dist.ProcessGroup) -> tuple[Tensor, ...]:
+    total = torch.stack(list(values))
+    dist.all_reduce(total, group=group)
+    return total.unbind()
 
 
 def distillation_loss(
@@ -112,6 +150,7 @@ def distillation_loss(
     kl_weight: float = 1.0,
     ce_weight: float = 0.0,
     max_elements: int = 2**24,
+    tp_group: dist.ProcessGroup | None = None,
 ) -> LossSums:
     """Forward KL(teacher || student) at temperature 1, and the cross-entropy, at the loss tokens.
 
@@ -120,11 +159,12 @@ def distillation_loss(
     Args:
         student: [N, D] hidden states after the final norm at the loss tokens.
         teacher: [N, D] the full-attention model's at the same tokens; gets no gradient.
-        weight: [V, D] output projection, one for both.
+        weight: [V, D] output projection, one for both; with `tp_group` this rank's rows.
         targets: [N] int64 next tokens; needed where `ce_weight` is not 0, else only reported.
         kl_weight: weight of the KL in `total`.
         ce_weight: weight of the cross-entropy in `total`.
-        max_elements: logits held at once.
+        max_elements: logits held at once on a rank.
+        tp_group: ranks that hold equal parts of the vocabulary, in order, and the same N tokens.
 
     Raises:
         ValueError: `ce_weight` without targets.
@@ -141,23 +181,30 @@ def distillation_loss(
         ce_weight,
         size,
         torch.is_grad_enabled(),
+        tp_group,
     )
     return LossSums(*parts)
 
 
 def next_token_loss(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, max_elements: int = 2**24
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    max_elements: int = 2**24,
+    tp_group: dist.ProcessGroup | None = None,
 ) -> LossSums:
     """Cross-entropy of the next token at the loss tokens.
 
     Args:
         hidden: [N, D] hidden states after the final norm at the positions before the targets.
-        weight: [V, D] output projection.
+        weight: [V, D] output projection; with `tp_group` this rank's rows.
         targets: [N] int64 the tokens to predict.
-        max_elements: logits held at once.
+        max_elements: logits held at once on a rank.
+        tp_group: ranks that hold equal parts of the vocabulary, in order, and the same N tokens.
     """
     size = slice_tokens(weight.shape[0], max_elements)
     parts = _SlicedLoss.apply(
-        hidden, weight, None, targets, 0.0, 1.0, size, torch.is_grad_enabled()
+        hidden, weight, None, targets, 0.0, 1.0, size, torch.is_grad_enabled(), tp_group
     )
     return LossSums(*parts)

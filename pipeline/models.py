@@ -15,7 +15,7 @@ from allmem_megatron.convert import BaseCheckpoint, load_base, load_base_into
 from allmem_megatron.convert import from_hf as from_hf_names
 from allmem_megatron.initialise import memory_from_base
 from allmem_megatron.model import AllMemGPTModel, build_model
-from allmem_megatron.sharding import shard_of
+from allmem_megatron.sharding import part_shape, set_part, shard_of
 from pipeline.checkpoint import latest_checkpoint, load_checkpoint, refuse_other_config
 from pipeline.config import check_memory, resolve_path, split_entry
 from pipeline.context import folder_name
@@ -120,6 +120,7 @@ def load_model(
     device: torch.device,
     before: str | None = None,
     any_dtype: bool = False,
+    sequence_parallel: bool = False,
 ) -> AllMemGPTModel:
     """Build a model and fill it with the base's weights and those of the stages before.
 
@@ -130,6 +131,8 @@ def load_model(
         device: where the model goes.
         before: the entry that asks; stages from it on are left out. Default: all stages count.
         any_dtype: accept stages that were trained in another dtype, and are not trained on.
+        sequence_parallel: split tokens over the tensor-parallel ranks; their number must then
+            split, which training sequences do and held-out documents need not.
 
     Raises:
         ValueError: a stage before has no checkpoint yet, or one of another configuration.
@@ -145,6 +148,7 @@ def load_model(
         dtype=dtype,
         seed=config.run.seed,
         recompute=config.parallel.recompute,
+        sequence_parallel=sequence_parallel,
         embedding_std=config.model.embedding_std,
     )
     if base is not None:
@@ -177,8 +181,7 @@ def load_weights(model: AllMemGPTModel, tensors: Mapping[str, Tensor]) -> None:
     """
     parameters = dict(model.named_parameters())
     for name, value in parts_for(model, tensors).items():
-        with torch.no_grad():
-            parameters[name].copy_(value)
+        set_part(parameters[name], value)
 
 
 def parts_for(model: AllMemGPTModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -196,11 +199,11 @@ def parts_for(model: AllMemGPTModel, tensors: Mapping[str, Tensor]) -> dict[str,
                 "that it was made with"
             )
         part = shard_of(whole, parameters[name])
-        if part.shape != parameters[name].shape:
+        if part.shape != part_shape(parameters[name]):
             raise ValueError(
                 f"{name} has shape {tuple(part.shape)} in the checkpoint and "
-                f"{tuple(parameters[name].shape)} in the model; use the configuration that it was "
-                "made with"
+                f"{tuple(part_shape(parameters[name]))} in the model; use the configuration "
+                "that it was made with"
             )
         parts[name] = part
     return parts

@@ -4,29 +4,77 @@ An objective's forward takes one micro-batch and gives sums over loss tokens, so
 divide by the global number of loss tokens whatever the number of ranks and micro-batches.
 The student's mixer is set by `active` around forward **and** backward, because recomputed
 activations run the layers again in the backward pass.
+
+Over context-parallel ranks each rank has its part of every sequence and gives the sums over its own
+tokens; over tensor-parallel ranks all have the same tokens and give the same sums.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
 
 import torch
+from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from allmem_megatron.config import MixerSettings
 from allmem_megatron.model import AllMemGPTModel
 from pipeline.batches import MicroBatch
-from pipeline.losses import distillation_loss, next_token_loss
+from pipeline.losses import LossSums, distillation_loss, next_token_loss
+
+
+class OutputLayer(nn.Module):
+    """Calls a loss with the model's output projection.
+
+    A module of its own, so that ZeRO-3 gathers the split weight for this call and for its backward
+    pass only. It owns no parameter: the weight stays the model's.
+    """
+
+    def __init__(self, model: AllMemGPTModel) -> None:
+        super().__init__()
+        self._model = (model,)  # in a tuple: no submodule, whose parameters would be ours too
+
+    def forward(self, loss: Callable[..., LossSums], *states: Tensor, **options: Any) -> LossSums:
+        """`loss(*states, weight=…, **options)`; the weight is [V / tp, D]."""
+        return loss(*states, weight=self.weight(), **options)
+
+    def weight(self) -> Tensor:
+        """[V / tp, D] weight of the output projection, tied or not."""
+        (model,) = self._model
+        if model.share_embeddings_and_output_weights:
+            weight = model.shared_embedding_or_output_weight()
+        else:
+            weight = model.output_layer.weight
+        assert isinstance(weight, Tensor)
+        return weight
 
 
 class Objective(nn.Module):
     """A model and the loss it is trained with."""
 
-    def __init__(self, model: AllMemGPTModel, *, max_elements: int) -> None:
+    def __init__(
+        self,
+        model: AllMemGPTModel,
+        *,
+        max_elements: int,
+        cp_mode: Literal["wavefront", "a2a"] | None = None,
+    ) -> None:
+        """Put a loss over a model.
+
+        Args:
+            model: with any mixer.
+            max_elements: logits held at once on a rank.
+            cp_mode: how context-parallel ranks exchange, if micro-batches are parts of sequences.
+        """
         super().__init__()
         self.model = model
+        self.output = OutputLayer(model)
         self.max_elements = max_elements
+        self.cp_mode = cp_mode
+        tp_size = parallel_state.get_tensor_model_parallel_world_size()
+        self.tp_group = None if tp_size == 1 else parallel_state.get_tensor_model_parallel_group()
 
     def loss_count(self, batch: MicroBatch) -> int:
         """Number by which the summed loss is normalised: the loss tokens."""
@@ -38,18 +86,10 @@ class Objective(nn.Module):
         with self.model.mixer(settings):
             yield
 
-    def output_weight(self) -> Tensor:
-        """[V, D] weight of the output projection, tied or not."""
-        if self.model.share_embeddings_and_output_weights:
-            weight = self.model.shared_embedding_or_output_weight()
-        else:
-            weight = self.model.output_layer.weight
-        assert isinstance(weight, Tensor)
-        return weight
-
-    def next_tokens(self, batch: MicroBatch) -> Tensor:
-        """[N] tokens that follow the predicting positions."""
-        return batch.tokens[:, 1:][batch.targets[:, :-1]]
+    def hidden_states(self, batch: MicroBatch) -> Tensor:
+        """[B, T, D] final states at this rank's tokens."""
+        options = {} if self.cp_mode is None else {"cp_mode": self.cp_mode}
+        return self.model.hidden_states(batch.tokens, cu_seqlens=batch.cu_seqlens, **options)
 
 
 class NextToken(Objective):
@@ -57,12 +97,12 @@ class NextToken(Objective):
 
     def forward(self, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Sum of the loss over the micro-batch's loss tokens, and what to report of it."""
-        hidden = self.model.hidden_states(batch.tokens, cu_seqlens=batch.cu_seqlens)
-        sums = next_token_loss(
-            hidden[batch.targets],
-            self.output_weight(),
-            self.next_tokens(batch),
+        sums = self.output(
+            next_token_loss,
+            self.hidden_states(batch)[batch.targets],
+            targets=batch.labels[batch.targets],
             max_elements=self.max_elements,
+            tp_group=self.tp_group,
         )
         return sums.total, {}
 
@@ -79,25 +119,25 @@ class Distill(Objective):
         max_elements: int,
         kl_weight: float = 1.0,
         ce_weight: float = 0.0,
+        cp_mode: Literal["wavefront", "a2a"] | None = None,
     ) -> None:
-        super().__init__(model, max_elements=max_elements)
+        super().__init__(model, max_elements=max_elements, cp_mode=cp_mode)
         self.kl_weight = kl_weight
         self.ce_weight = ce_weight
 
     def forward(self, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Sum of the loss over the micro-batch's loss tokens, and KL and CE for the report."""
         with torch.no_grad(), self.model.mixer(self.teacher):
-            teacher = self.model.hidden_states(batch.tokens, cu_seqlens=batch.cu_seqlens)
-            teacher = teacher[batch.targets]
-        student = self.model.hidden_states(batch.tokens, cu_seqlens=batch.cu_seqlens)
-        sums = distillation_loss(
-            student[batch.targets],
+            teacher = self.hidden_states(batch)[batch.targets]
+        sums = self.output(
+            distillation_loss,
+            self.hidden_states(batch)[batch.targets],
             teacher,
-            self.output_weight(),
-            self.next_tokens(batch),
+            targets=batch.labels[batch.targets],
             kl_weight=self.kl_weight,
             ce_weight=self.ce_weight,
             max_elements=self.max_elements,
+            tp_group=self.tp_group,
         )
         return sums.total, {"train/kl": sums.kl, "train/ce": sums.ce}
 
@@ -111,7 +151,7 @@ class Align(Objective):
 
     def forward(self, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean over layers of the relative error, times the number of tokens."""
-        self.model.hidden_states(batch.tokens, cu_seqlens=batch.cu_seqlens)
+        self.hidden_states(batch)
         losses = self.model.align_losses()
         total = torch.stack(losses).mean() * batch.tokens.numel()
         return total, {}

@@ -71,14 +71,19 @@ def _run(config: RunConfig) -> int:
         init_distributed,
         seed_everything,
     )
+    from pipeline.layout import check_layout
+    from pipeline.models import base_config
     from pipeline.summary import print_summary
     from pipeline.train_loop import StopRequested
 
     if config.parallel.num_threads:
         torch.set_num_threads(config.parallel.num_threads)
-    ranks = init_distributed(device=config.parallel.device, timeout_s=config.parallel.timeout_s)
+    parallel = config.parallel
+    ranks = init_distributed(device=parallel.device, timeout_s=parallel.timeout_s)
     try:
-        init_model_parallel()
+        ranks = ranks.with_layout(tp=parallel.tp, cp=parallel.cp)
+        check_layout(config, base_config(config), ranks)
+        init_model_parallel(parallel.tp, parallel.cp)
         seed_everything(config.run.seed)
         run_dir = Path(config.run.dir)
         with _only_user(run_dir) if ranks.is_main else contextlib.nullcontext():

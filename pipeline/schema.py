@@ -187,6 +187,11 @@ class ParallelSettings:
         at_least("parallel", {"num_threads": self.num_threads}, 0)
         at_least("parallel", {"timeout_s": self.timeout_s}, 1)
 
+    @property
+    def context_mode(self) -> Literal["wavefront", "a2a"] | None:
+        """`cp_mode` where there are context-parallel ranks; None: each has whole sequences."""
+        return None if self.cp == 1 else self.cp_mode
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimSettings:

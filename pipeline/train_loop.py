@@ -70,9 +70,9 @@ class _Trainer:
         self.config, self.context, self.plan = config, context, plan
         self.settings = plan.settings
         self.model = plan.objective.model
-        settings, world_size = plan.settings, context.ranks.world_size
+        settings = plan.settings
         self.phases = [settings.of_phase(i) for i in range(max(len(settings.phases), 1))]
-        self.splits = split_over_ranks(context.name, self.phases, world_size)
+        self.splits = split_over_ranks(context.name, self.phases, context.ranks.dp_size)
         self._enter_phase(settings.phase_at(0))
         self.trains_base = any(".memory." not in name for name in plan.trained)
         stored = self.loader.manifest.seq_length
@@ -111,8 +111,8 @@ class _Trainer:
             split="train",
             batch_size=split.micro_batch_size * split.num_micro_batches,
             seed=phase_seed(self.config.run.seed, number),
-            dp_rank=self.context.ranks.rank,
-            dp_size=self.context.ranks.world_size,
+            dp_rank=self.context.ranks.dp_rank,
+            dp_size=self.context.ranks.dp_size,
             weights=settings.weights or None,
             weights_key=self._weights_key(number),
         )
@@ -161,12 +161,19 @@ class _Trainer:
             if (phase := self.settings.phase_at(self.step)) != self.phase:
                 self._enter_phase(phase)
             lr = wsd_lr(self.step, self.settings)
-            seed_everything(step_seed(self.config.run.seed, self.step, self.context.ranks.rank))
+            seed_everything(step_seed(self.config.run.seed, self.step, self.context.ranks.dp_rank))
             micro_batches = self._micro_batches(next(self.loader))
             mixer = self.plan.mixer_of_step(self.step)
             with self.plan.objective.active(mixer):
                 result = self.engine.train_step(micro_batches, lr=lr)
-            num_tokens = sum(b.tokens.numel() for b in micro_batches) * self._world
+            if result.skipped:
+                raise FloatingPointError(
+                    f"the loss is {result.loss} and the gradient norm {result.grad_norm}; lower "
+                    "the stage's lr or mixer.memory.eta_init, or set mixer.memory.clip=1, and give "
+                    "it another run.dir or delete the stage's folder: checkpoints go on with their "
+                    "own settings only"
+                )
+            num_tokens = sum(b.tokens.numel() for b in micro_batches) * self._replicas
             self.step += 1
             self.tokens += num_tokens
             self.loss_tokens += result.loss_tokens
@@ -218,8 +225,8 @@ class _Trainer:
         )
 
     @property
-    def _world(self) -> int:
-        return self.context.ranks.world_size
+    def _replicas(self) -> int:
+        return self.context.ranks.num_replicas
 
     def _micro_batches(self, batch: Batch) -> list[MicroBatch]:
         largest, vocab_size = int(batch.tokens.max()), self.model.base_config.vocab_size
@@ -234,7 +241,8 @@ class _Trainer:
             self.phases[self.phase].seq_length,
             self.context.name,
         )
-        return [part.to(self.context.device) for part in split]
+        ranks = self.context.ranks
+        return [part.shard(ranks.cp_rank, ranks.cp).to(self.context.device) for part in split]
 
     def _state(self) -> dict[str, Any]:
         """What a checkpoint holds beside weights and moments."""
@@ -252,7 +260,7 @@ class _Trainer:
         self.stop = True
 
     def _must_stop(self) -> bool:
-        if self._world == 1:
+        if self.context.ranks.world_size == 1:
             return self.stop
         return sum_over_ranks([float(self.stop)], self.context.device)[0] > 0
 

@@ -17,13 +17,22 @@ def run(config: RunConfig, context: StageContext) -> None:
     """Train the memory layer by layer on the base's own hidden states."""
     settings = config.align
     model = load_model(
-        config, context.run_dir, branch=context.branch, device=context.device, before=context.entry
+        config,
+        context.run_dir,
+        branch=context.branch,
+        device=context.device,
+        before=context.entry,
+        sequence_parallel=config.parallel.sp,
     )
     train(
         config,
         context,
         Plan(
-            objective=Align(model, max_elements=settings.logits_elements),
+            objective=Align(
+                model,
+                max_elements=settings.logits_elements,
+                cp_mode=config.parallel.context_mode,
+            ),
             trained=trained_parameters(model, "memory"),
             settings=settings,
             mixer_of_step=lambda step: draw_mixer(

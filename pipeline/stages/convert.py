@@ -18,13 +18,19 @@ def run(config: RunConfig, context: StageContext) -> None:
     """Distil the base model into the entry's branch."""
     settings = config.convert
     model = load_model(
-        config, context.run_dir, branch=context.branch, device=context.device, before=context.entry
+        config,
+        context.run_dir,
+        branch=context.branch,
+        device=context.device,
+        before=context.entry,
+        sequence_parallel=config.parallel.sp,
     )
     objective = Distill(
         model,
         max_elements=settings.logits_elements,
         kl_weight=settings.kl_weight,
         ce_weight=settings.ce_weight,
+        cp_mode=config.parallel.context_mode,
     )
     train(
         config,

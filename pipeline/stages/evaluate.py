@@ -1,7 +1,8 @@
 """`stage=evaluate`: mixers side by side on the same held-out documents, with the controls.
 
-Every subject sees the same batches. Documents are split over the ranks; each leaves a small record,
-and the records of all ranks are put together.
+Every subject sees the same batches. Documents are split over the ranks (over groups of
+tensor-parallel ranks, which work on the same ones); each leaves a small record, and the records of
+all ranks are put together.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from evals.bins import bin_edges
 from evals.documents import EvalDocument, batches_of
 from evals.records import DocumentRecord, Metrics, gap_closed, summarise
 from pipeline.context import StageContext
-from pipeline.distributed import on_main
+from pipeline.distributed import Ranks, on_main
 from pipeline.evaluation import (
     BRANCH_OF,
     Measured,
@@ -215,7 +216,7 @@ class _Evaluation:
     def _score(self, subject: Subject) -> Measured:
         model, ranks = self._model(subject), self.context.ranks
         batches = self._batches_for(subject)
-        mine = batches[ranks.rank :: ranks.world_size]
+        mine = batches[ranks.replica :: ranks.num_replicas]
         records: list[DocumentRecord] = []
         title = f"{self.context.entry} {subject.name}:"
         with self.context.reporter.progress(title, len(mine)) as advance:
@@ -232,7 +233,7 @@ class _Evaluation:
                 advance(done)
         has_memory = BRANCH_OF[subject.mixer] != "none" and not subject.is_control
         statistics = model.memory_statistics() if has_memory else {}
-        return Measured(records=_gathered(records, ranks.world_size), memory=statistics)
+        return Measured(records=_gathered(records, ranks), memory=statistics)
 
     def _batches_for(self, subject: Subject) -> list[list[EvalDocument]]:
         """All batches; for the shuffled state those with another document to take it from."""
@@ -357,10 +358,11 @@ def _share_base(model: AllMemGPTModel, other: AllMemGPTModel) -> None:
             parameter.data = theirs[name].data
 
 
-def _gathered(records: list[DocumentRecord], world_size: int) -> list[DocumentRecord]:
-    """The records of all ranks, on every rank."""
-    if world_size == 1:
+def _gathered(records: list[DocumentRecord], ranks: Ranks) -> list[DocumentRecord]:
+    """The records of all ranks, on every rank; tensor-parallel ranks have the same ones."""
+    if ranks.world_size == 1:
         return records
-    parts: list[Any] = [None] * world_size
-    dist.all_gather_object(parts, [record.to_json() for record in records])
+    parts: list[Any] = [None] * ranks.world_size
+    own = [record.to_json() for record in records] if ranks.tp_rank == 0 else []
+    dist.all_gather_object(parts, own)
     return [DocumentRecord.from_json(record) for part in parts for record in part]

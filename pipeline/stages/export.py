@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from allmem_hf.export import export_model
+from allmem_megatron.config import BaseModelConfig
 from allmem_megatron.convert import model_to_hf
 from data_prep.tokenizer import load_tokenizer
 from pipeline.config import resolve_path
 from pipeline.context import StageContext
-from pipeline.distributed import on_main
+from pipeline.distributed import on_main, on_some
 from pipeline.models import load_model, open_base, tokenizer_files
 from pipeline.schema import RunConfig
 
@@ -29,21 +31,33 @@ def run(config: RunConfig, context: StageContext) -> None:
         ValueError: a stage before has no checkpoint, or the base cannot be exported.
         OSError: the disk is full; the folder is as it was before.
     """
-    report = on_main(context.ranks, lambda: _export(config, context))
+    first = context.ranks.replica == 0  # its tensor-parallel ranks hold the model together
+    whole = on_some(context.ranks, first, lambda: _whole_model(config, context))
+    report = on_main(context.ranks, lambda: _export(config, context, *(whole or ())))
     context.log(0, report)
 
 
-def _export(config: RunConfig, context: StageContext) -> dict[str, float]:
+def _whole_model(
+    config: RunConfig, context: StageContext
+) -> tuple[BaseModelConfig, dict[str, Tensor]]:
+    """Sizes of the base, and all weights by Hugging Face name, put together over TP."""
+    cpu = context.device.type == "cpu" or context.ranks.tp == 1  # NCCL gathers on the GPU alone
     model = load_model(
         config,
         context.run_dir,
         branch=context.branch,
-        device=torch.device("cpu"),
+        device=torch.device("cpu") if cpu else context.device,
         before=context.entry,
         any_dtype=True,
     )
+    tensors = {name: tensor.cpu() for name, tensor in model_to_hf(model).items()}
+    return model.base_config, tensors
+
+
+def _export(
+    config: RunConfig, context: StageContext, sizes: BaseModelConfig, tensors: dict[str, Tensor]
+) -> dict[str, float]:
     base = open_base(config)
-    tensors = model_to_hf(model)
     mixer: dict[str, Any] = {
         "mode": context.branch,
         "window_size": config.mixer.window_size,
@@ -53,7 +67,7 @@ def _export(config: RunConfig, context: StageContext) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as scratch:
         out = export_model(
             context.dir,
-            model.base_config.to_hf() if base is None else base.hf_config,
+            sizes.to_hf() if base is None else base.hf_config,
             tensors,
             config.mixer.memory,
             mixer,

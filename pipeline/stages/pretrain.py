@@ -22,7 +22,12 @@ from pipeline.train_loop import Plan, train
 def run(config: RunConfig, context: StageContext) -> None:
     """Train all weights of the base model and save it."""
     model = load_model(
-        config, context.run_dir, branch="none", device=context.device, before=context.entry
+        config,
+        context.run_dir,
+        branch="none",
+        device=context.device,
+        before=context.entry,
+        sequence_parallel=config.parallel.sp,
     )
     settings = config.pretrain
     full = MixerSettings(mode="full")
@@ -30,7 +35,11 @@ def run(config: RunConfig, context: StageContext) -> None:
         config,
         context,
         Plan(
-            objective=NextToken(model, max_elements=settings.logits_elements),
+            objective=NextToken(
+                model,
+                max_elements=settings.logits_elements,
+                cp_mode=config.parallel.context_mode,
+            ),
             trained=trained_parameters(model, "base"),
             settings=settings,
             mixer_of_step=lambda step: full,

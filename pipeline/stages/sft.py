@@ -14,13 +14,22 @@ def run(config: RunConfig, context: StageContext) -> None:
     """Fine-tune the memory, or all weights, on the loss tokens of the shards."""
     settings = config.sft
     model = load_model(
-        config, context.run_dir, branch=context.branch, device=context.device, before=context.entry
+        config,
+        context.run_dir,
+        branch=context.branch,
+        device=context.device,
+        before=context.entry,
+        sequence_parallel=config.parallel.sp,
     )
     train(
         config,
         context,
         Plan(
-            objective=NextToken(model, max_elements=settings.logits_elements),
+            objective=NextToken(
+                model,
+                max_elements=settings.logits_elements,
+                cp_mode=config.parallel.context_mode,
+            ),
             trained=trained_parameters(model, settings.train),
             settings=settings,
             mixer_of_step=lambda step: draw_mixer(
