@@ -11,6 +11,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from allmem_megatron.cpu import install_cpu_stand_ins
+from allmem_megatron.exchange import drain
 
 
 def init_model_parallel(tp: int = 1, cp: int = 1, *, seed: int = 1234) -> None:
@@ -21,32 +22,33 @@ def init_model_parallel(tp: int = 1, cp: int = 1, *, seed: int = 1234) -> None:
 
     Args:
         tp: tensor-parallel ranks.
-        cp: context-parallel ranks; only 1 so far.
+        cp: context-parallel ranks.
         seed: of core's CUDA random number tracker.
 
     Raises:
-        ValueError: tp does not divide the world, cp > 1, or other sizes were set before.
+        ValueError: tp times cp does not divide the world, or other sizes were set before.
     """
-    if cp != 1:
-        raise ValueError(
-            f"cp={cp}: context parallelism is not built yet; call init_model_parallel(cp=1)"
-        )
     install_cpu_stand_ins()
     if parallel_state.model_parallel_is_initialized():
-        current = parallel_state.get_tensor_model_parallel_world_size()
-        if current != tp:
+        current = (
+            parallel_state.get_tensor_model_parallel_world_size(),
+            parallel_state.get_context_parallel_world_size(),
+        )
+        if current != (tp, cp):
             raise ValueError(
-                f"tp={tp} asked for, but this process already runs with tp={current};"
-                " start a new process for another layout"
+                f"tp={tp}, cp={cp} asked for, but this process already runs with tp={current[0]},"
+                f" cp={current[1]}; start a new process for another layout"
             )
         return
     if not dist.is_initialized():
         _init_process_group()
     world = dist.get_world_size()
-    if world % tp:
+    if tp < 1 or cp < 1 or world % (tp * cp):
+        fits = math.gcd(max(tp, 1), world)
         raise ValueError(
-            f"tp={tp} does not divide the {world} ranks; call"
-            f" init_model_parallel(tp={math.gcd(tp, world)}) or start a multiple of {tp} ranks"
+            f"tp={tp} times cp={cp} does not divide the {world} ranks; call init_model_parallel("
+            f"tp={fits}, cp={math.gcd(max(cp, 1), world // fits)}) or start a multiple of"
+            f" {max(tp, 1) * max(cp, 1)} ranks"
         )
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tp, context_parallel_size=cp
@@ -73,7 +75,8 @@ def ensure_model_parallel() -> None:
 
 
 def destroy_model_parallel() -> None:
-    """Ends the groups of this process."""
+    """Ends the groups of this process, once what it has sent has been received."""
+    drain()
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     if dist.is_initialized():
