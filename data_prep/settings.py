@@ -39,8 +39,8 @@ class FilterConfig:
     max_line_characters: int | None = None
     """Documents with a longer line are dropped."""
     languages: tuple[str, ...] = ()
-    """ISO 639-1 codes to keep, such as [en, zh]; empty: all. Judged by up to three samples of
-    `language_characters` (begin, middle, end)."""
+    """ISO 639-1 codes to keep, such as [en, zh]; empty: all. Judged by `language_characters` of the
+    begin, middle and end together."""
     language_characters: int = 400
     min_language_confidence: float = 0.5
     """The kept languages' share of the probability must be at least this."""

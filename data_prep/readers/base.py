@@ -21,6 +21,16 @@ _OTHER_REASON = "other reasons"
 
 
 @dataclass(frozen=True)
+class Drop:
+    """Why a step leaves out a document, or a passage of it."""
+
+    reason: str
+    """One of few, to be counted."""
+    detail: str = ""
+    """What is particular to this document, such as the evaluation item it matches."""
+
+
+@dataclass(frozen=True)
 class Document:
     """One document as read; `messages` only for kind `chat`, whose text is empty."""
 
@@ -34,6 +44,8 @@ class Document:
     message and is the part that may be cut."""
     split: str = "train"
     """`train` or `eval`."""
+    cuts: tuple[Drop, ...] = ()
+    """Passages that steps took out."""
 
     @property
     def content(self) -> str:
@@ -91,16 +103,6 @@ class Unit:
 
 
 @dataclass(frozen=True)
-class Drop:
-    """Why a step leaves a document out."""
-
-    reason: str
-    """One of few, to be counted."""
-    detail: str = ""
-    """What is particular to this document, such as the evaluation item it matches."""
-
-
-@dataclass(frozen=True)
 class BadRecord:
     """A record that could not be read, or a document that was dropped, as an example."""
 
@@ -136,6 +138,9 @@ class UnitReport:
     dropped_characters: dict[str, int] = field(default_factory=dict)
     dropped_samples: list[BadRecord] = field(default_factory=list)
     """The first dropped documents, with the detail of the drop."""
+    cuts: dict[str, int] = field(default_factory=dict)
+    """Documents that lost a passage, by reason."""
+    cut_samples: list[BadRecord] = field(default_factory=list)
 
     def bad(self, reason: str, where: str, *, detail: str = "", excerpt: bytes | str = "") -> None:
         """Counts a record that could not be read.
@@ -161,10 +166,12 @@ class UnitReport:
         """Counts a document that a step dropped."""
         _count(self.dropped, drop.reason, 1)
         _count(self.dropped_characters, drop.reason, document.num_characters)
-        if len(self.dropped_samples) < MAX_EXAMPLES:
-            shown = f"{drop.reason} ({drop.detail})" if drop.detail else drop.reason
-            excerpt = document.text or document.content
-            self.dropped_samples.append(BadRecord(document.id, shown, _excerpt(excerpt)))
+        _show(self.dropped_samples, drop, document)
+
+    def cut(self, drop: Drop, document: Document) -> None:
+        """Counts a document that lost a passage."""
+        _count(self.cuts, drop.reason, 1)
+        _show(self.cut_samples, drop, document)
 
     @property
     def examples(self) -> list[str]:
@@ -181,17 +188,17 @@ class UnitReport:
             "num_broken_files",
         ):
             setattr(self, name, getattr(self, name) + getattr(other, name))
-        for name in ("reasons", "dropped", "dropped_characters"):
+        for name in ("reasons", "dropped", "dropped_characters", "cuts"):
             for reason, count in getattr(other, name).items():
                 _count(getattr(self, name), reason, count)
-        for name in ("samples", "dropped_samples"):
+        for name in ("samples", "dropped_samples", "cut_samples"):
             mine = getattr(self, name)
             mine += getattr(other, name)[: MAX_EXAMPLES - len(mine)]
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON types."""
         plain = dict(vars(self))
-        for name in ("samples", "dropped_samples"):
+        for name in ("samples", "dropped_samples", "cut_samples"):
             plain[name] = [vars(sample) for sample in getattr(self, name)]
         return plain
 
@@ -199,7 +206,7 @@ class UnitReport:
     def from_dict(cls, plain: dict[str, Any]) -> UnitReport:
         """The inverse of `to_dict`."""
         fields = dict(plain)
-        for name in ("samples", "dropped_samples"):
+        for name in ("samples", "dropped_samples", "cut_samples"):
             fields[name] = [BadRecord(**sample) for sample in fields[name]]
         return cls(**fields)
 
@@ -222,6 +229,13 @@ def _count(counts: dict[str, int], reason: str, number: int) -> None:
     if reason not in counts and len(counts) >= _MAX_REASONS:
         reason = _OTHER_REASON
     counts[reason] = counts.get(reason, 0) + number
+
+
+def _show(samples: list[BadRecord], drop: Drop, document: Document) -> None:
+    """Adds a document to the examples while there are few."""
+    if len(samples) < MAX_EXAMPLES:
+        shown = f"{drop.reason} ({drop.detail})" if drop.detail else drop.reason
+        samples.append(BadRecord(document.id, shown, _excerpt(document.text or document.content)))
 
 
 def _excerpt(data: bytes | str) -> str:
