@@ -230,6 +230,20 @@ class Engine:
             skipped=not self._may_update(),
         )
 
+    def measure(self, batch: MicroBatch) -> dict[str, float]:
+        """Summed `loss`, and further sums, at this rank's tokens of a micro-batch; no gradient.
+
+        Under ZeRO-3 a collective: every rank calls it equally often.
+        """
+        with torch.no_grad():
+            total, extra = self._engine(batch)
+        return {name: float(value) for name, value in {"loss": total, **extra}.items()}
+
+    @property
+    def num_updates(self) -> int:
+        """Optimizer steps that changed weights: those that were skipped do not count."""
+        return int(next(iter(self._adamw.state.values()))["step"])
+
     def _sum(self, values: Sequence[float]) -> list[float]:
         """Sum over the ranks that see different tokens."""
         return sum_over_ranks(values, self.ranks.device, self._zero_group)
@@ -334,7 +348,7 @@ class Engine:
         *,
         step: int,
     ) -> None:
-        """Go on from saved weights and moments after `step` optimizer steps.
+        """Go on from saved weights and moments after `step` optimizer steps that changed them.
 
         Args:
             weights: this rank's tensor-parallel part of each trained parameter.

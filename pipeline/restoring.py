@@ -34,7 +34,9 @@ def restore(
     moments = {
         moment: PartsOfRank(model, trained, saved.optimizer, f"{moment}.") for moment in MOMENTS
     }
-    engine.load(PartsOfRank(model, trained, saved.model), moments, step=saved.step)
+    # Skipped steps leave AdamW's count as it is; earlier programs skipped none.
+    updates = int(saved.state.get("updates", saved.step))
+    engine.load(PartsOfRank(model, trained, saved.model), moments, step=updates)
 
 
 def _refuse_other_names(saved: Checkpoint, trained: Mapping[str, nn.Parameter]) -> None:

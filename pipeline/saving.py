@@ -184,6 +184,7 @@ class Saver:
         temporary = self.folder / f"{UNFINISHED}{path.name}-{self._token}"
         shard = self._snapshot()
         full = {**state, "step": step, "score": self._score(step)}
+        full["updates"] = self._engine.num_updates
         self._losses.clear()
         rank, alone = self._ranks.rank, self._ranks.world_size == 1
 

@@ -24,6 +24,7 @@ from pipeline.context import StageContext
 from pipeline.distributed import on_main, seed_everything, sum_over_ranks
 from pipeline.engine import Engine
 from pipeline.flops import step_flops
+from pipeline.held_out_loss import HeldOutLoss
 from pipeline.models import check_length, choose_dtype
 from pipeline.objectives import Objective
 from pipeline.retention import HELD_OUT, TRAINING, Retention
@@ -99,6 +100,10 @@ class _Trainer:
             ),
             asynchronous=config.run.async_checkpoints,
         )
+        self.held_out = None
+        if settings.eval_every:
+            mode = plan.mixer_of_step(0).mode
+            self.held_out = HeldOutLoss(context, settings, config.mixer, mode)
         self.step = self.tokens = self.loss_tokens = 0
         self.stop = False
 
@@ -179,9 +184,10 @@ class _Trainer:
             self.loss_tokens += result.loss_tokens
             self.saver.note_loss(result.loss, result.loss_tokens)
             flops += self._flops(mixer, num_tokens, result.loss_tokens)
+            values: dict[str, Any] = {}
             if self.step % log_every == 0 or self.step == steps:
                 now = time.perf_counter()
-                values: dict[str, Any] = {
+                values = {
                     "tokens": self.tokens,
                     "loss_tokens": self.loss_tokens,
                     "train/loss": result.loss,
@@ -195,22 +201,39 @@ class _Trainer:
                     statistics = self.model.memory_statistics()
                     values.update({f"memory/{key}": value for key, value in statistics.items()})
                 lines += 1
-                self.context.log(self.step, values)
                 note = f"loss {result.loss:.4f}  {values['tokens_per_s']:.0f} tokens/s"
                 advance(self.step, note)
                 last_time, last_tokens, flops = now, self.tokens, 0.0
+            before = time.perf_counter()
+            if values := values | self._held_out_loss():
+                self.context.log(self.step, values)
             stop = self._must_stop()
             self.saver.poll()
-            if self.step % self.settings.checkpoint_every == 0 or self.step == steps or stop:
-                before = time.perf_counter()
+            if self._saves or stop:
                 self.saver.save(self.step, self._state())
                 if stop:
                     self.saver.wait()
-                last_time += time.perf_counter() - before
+            last_time += time.perf_counter() - before
             if stop:  # in the last step too: the stages after this one are not to begin
                 raise StopRequested(
                     f"{self.context.entry} stopped after step {self.step}; the same command goes on"
                 )
+
+    @property
+    def _saves(self) -> bool:
+        """Whether a checkpoint is due after this step."""
+        return self.step % self.settings.checkpoint_every == 0 or self.step == self.settings.steps
+
+    def _held_out_loss(self) -> dict[str, float]:
+        """`eval/loss` where it is due: every `eval_every` steps, and to judge a checkpoint by."""
+        if self.held_out is None:
+            return {}
+        judges = self._saves and self.settings.keep_best > 0
+        if self.step % self.settings.eval_every and not judges:
+            return {}
+        found = self.held_out.measure(self.engine, self.plan.objective)
+        self.saver.note_held_out(self.step, found[HELD_OUT])
+        return found
 
     def _flops(self, mixer: MixerSettings, num_tokens: int, loss_tokens: int) -> float:
         return step_flops(
