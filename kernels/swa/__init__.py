@@ -10,9 +10,19 @@ from __future__ import annotations
 from torch import Tensor
 
 from kernels.swa import reference
-from kernels.swa.reference import attention_with_positions, causal_attention
+from kernels.swa.reference import (
+    attention_with_positions,
+    causal_attention,
+    continued_attention,
+)
 
-__all__ = ["BACKENDS", "attention_with_positions", "causal_attention", "sliding_window_attention"]
+__all__ = [
+    "BACKENDS",
+    "attention_with_positions",
+    "causal_attention",
+    "continued_attention",
+    "sliding_window_attention",
+]
 
 BACKENDS = ("auto", "reference", "flex")
 

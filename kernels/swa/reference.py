@@ -64,6 +64,57 @@ def causal_attention(
     return _per_document(q, k, v, cu_seqlens, scale, None, 0)
 
 
+def continued_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    position: int,
+    window_size: int | None,
+    num_sinks: int,
+    sinks: tuple[Tensor, Tensor] | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """The same function for queries that begin inside a document, given the keys before them.
+
+    Linear in T with a window; without one, masks are made for blocks of queries.
+
+    Args:
+        q: ``[B, T, H, K]``, the tokens from ``position`` on of one document a row.
+        k: ``[B, P + T, G, K]``: the keys of the P tokens before them that the window reaches,
+            ``P = min(position, window_size - 1)``, or all of them without a window; then their own.
+        v: ``[B, P + T, G, K]``.
+        position: of the first query in its document.
+        window_size: W in tokens; None for full causal attention.
+        num_sinks: s.
+        sinks: k and v ``[B, S, G, K]`` of the document's first tokens as far as they lie before
+            those P: ``S = min(num_sinks, position - P)``; None if S is 0.
+        scale: of the scores; ``K ** -0.5`` if None.
+
+    Returns:
+        ``[B, T, H, K]`` in q's dtype.
+
+    Raises:
+        ValueError: shapes that do not fit, ``window_size < 1`` or ``num_sinks < 0``.
+    """
+    _check(q, k, v)
+    _check_window(1 if window_size is None else window_size, num_sinks)
+    past = position if window_size is None else min(position, window_size - 1)
+    if k.shape[1] != past + q.shape[1]:
+        raise ValueError(
+            f"{k.shape[1]} keys do not fit {q.shape[1]} queries from position {position} on; give"
+            f" the keys of the {past} tokens before them and their own"
+        )
+    before = (k[:, :0], v[:, :0]) if sinks is None else sinks
+    wanted = 0 if window_size is None else min(num_sinks, position - past)
+    if before[0].shape[1] != wanted:
+        raise ValueError(
+            f"{before[0].shape[1]} sinks do not fit; give the document's first {wanted} tokens,"
+            " those before the window's"
+        )
+    return _rows(q, k, v, scale, window_size, num_sinks, position, before)
+
+
 def attention_with_positions(
     q: Tensor,
     k: Tensor,
@@ -126,12 +177,19 @@ def _attend(
     q: Tensor, k: Tensor, v: Tensor, scale: float | None, *, mask: Tensor | None = None
 ) -> Tensor:
     """softmax(q k^T) v for ``[B, H, T, K]``; causal where no mask is given."""
-    group = q.shape[1] // k.shape[1]
-    if group > 1 and q.device.type != "cpu":  # CUDA's kernels of linear memory want equal heads
-        k, v, group = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), 1
+    k, v = _equal_heads(q, k, v)
+    gqa = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=group > 1
+        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=gqa
     )
+
+
+def _equal_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """k and v as often as q's heads need them, where the device's kernels of linear memory ask."""
+    group = q.shape[1] // k.shape[1]
+    if group == 1 or q.device.type == "cpu":
+        return k, v
+    return k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
 
 
 def _per_document(
@@ -168,30 +226,68 @@ def _per_document(
 
 
 def _rows(
-    q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int | None, sinks: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None,
+    window: int | None,
+    sinks: int,
+    position: int = 0,
+    before: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Attention of rows that are one document each."""
+    """Attention of rows that are one document each, or a part of one that begins at `position`."""
     num_tokens = q.shape[1]
     if num_tokens == 0:
         return q
-    if window is None or num_tokens <= window:
-        return _attend(_heads_first(q), _heads_first(k), _heads_first(v), scale).transpose(1, 2)
-    return _banded(q, k, v, scale, window, min(sinks, num_tokens))
+    if window is None or position + num_tokens <= window:
+        if k.shape[1] == num_tokens:
+            return _attend(_heads_first(q), _heads_first(k), _heads_first(v), scale).transpose(1, 2)
+        return _causal_after(q, k, v, scale)
+    sinks = min(sinks, position + num_tokens)
+    sink_k, sink_v = k[:, :sinks], v[:, :sinks]
+    if before is not None:  # what is left of the sinks comes right after them
+        left = sinks - before[0].shape[1]
+        sink_k = torch.cat([before[0], k[:, :left]], 1)
+        sink_v = torch.cat([before[1], v[:, :left]], 1)
+    return _banded(q, k, v, scale, window, sink_k, sink_v, position)
+
+
+def _causal_after(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+    """Causal attention of the last T of P + T tokens, in blocks of queries."""
+    num_tokens, past = q.shape[1], k.shape[1] - q.shape[1]
+    block = min(max(MASK_ELEMENTS // k.shape[1], SMALLEST_BLOCK), num_tokens)
+    q = _heads_first(q)
+    k, v = _equal_heads(q, _heads_first(k), _heads_first(v))
+    out = []
+    for first, q_b in zip(range(0, num_tokens, block), q.split(block, 2), strict=True):
+        query = torch.arange(first, first + q_b.shape[2], device=q.device)[:, None]
+        last = past + first + q_b.shape[2]
+        mask = torch.arange(-past, last - past, device=q.device) <= query
+        out.append(_attend(q_b, k[:, :, :last], v[:, :, :last], scale, mask=mask))
+    return torch.cat(out, 2).transpose(1, 2)
 
 
 def _banded(
-    q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int, sinks: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None,
+    window: int,
+    sink_k: Tensor,
+    sink_v: Tensor,
+    position: int,
 ) -> Tensor:
     """Blocks of C queries against the sinks and the blocks of keys within reach."""
     num_rows, num_tokens = q.shape[:2]
+    past, sinks = k.shape[1] - num_tokens, sink_k.shape[1]
     block = min(max((window + 1) // 2, SMALLEST_BLOCK), num_tokens)
     before = -(-(window - 1) // block)  # earlier blocks of keys that a block of queries can see
     num_blocks = -(-num_tokens // block)
     padding = num_blocks * block - num_tokens
 
-    def blocks(x: Tensor, earlier: int) -> Tensor:
-        """``[B, T, G, K]`` -> ``[B, T/C, (earlier + 1) C, G, K]``: blocks with those before."""
-        x = F.pad(x, (0, 0, 0, 0, earlier * block, padding)).unflatten(
+    def blocks(x: Tensor, earlier: int, given: int) -> Tensor:
+        """``[B, T/C, (earlier + 1) C, G, K]``: blocks with those before, of which x has some."""
+        x = F.pad(x, (0, 0, 0, 0, earlier * block - given, padding)).unflatten(
             1, (num_blocks + earlier, block)
         )
         shifted = [x[:, shift : shift + num_blocks] for shift in range(earlier + 1)]
@@ -199,14 +295,14 @@ def _banded(
 
     per_block = block * (sinks + (before + 1) * block) * num_rows
     group = max(1, min(num_blocks, MASK_ELEMENTS // per_block))
-    groups = zip(
-        *(blocks(x, n).split(group, 1) for x, n in ((q, 0), (k, before), (v, before))), strict=True
-    )
-    sink_k, sink_v = k[:, None, :sinks], v[:, None, :sinks]
+    pieces = (blocks(q, 0, 0), blocks(k, before, past), blocks(v, before, past))
+    groups = zip(*(x.split(group, 1) for x in pieces), strict=True)
+    sink_k, sink_v = sink_k[:, None], sink_v[:, None]
     out = []
     for index, (q_g, k_g, v_g) in enumerate(groups):
         size = q_g.shape[1]
-        mask = _block_mask(index * group, size, block, before, window, sinks, q.device)
+        starts = torch.arange(index * group, index * group + size, device=q.device) * block
+        mask = _block_mask(starts, block, before, past, window, sinks, position)
         if sinks:
             k_g = torch.cat([sink_k.expand(-1, size, -1, -1, -1), k_g], 2)
             v_g = torch.cat([sink_v.expand(-1, size, -1, -1, -1), v_g], 2)
@@ -219,18 +315,19 @@ def _banded(
 
 
 def _block_mask(
-    first: int, count: int, block: int, before: int, window: int, sinks: int, device: torch.device
+    starts: Tensor, block: int, before: int, past: int, window: int, sinks: int, position: int
 ) -> Tensor:
-    """What ``count`` blocks from ``first`` on see, ``[count, C, s + (before + 1) C]``.
+    """What blocks of queries see, ``[len(starts), C, s + (before + 1) C]``; `past` keys come first.
 
     First the sinks, then the band. A sink's own slot is seen only from outside its window: inside,
     the band already holds it.
     """
-    start = (torch.arange(first, first + count, device=device) * block)[:, None, None]
-    query = start + torch.arange(block, device=device)[:, None]
-    key = start + torch.arange(-before * block, block, device=device)
-    band = (key >= 0) & (key <= query) & (query - key < window)
-    return torch.cat([query - torch.arange(sinks, device=device) >= window, band], -1)
+    device = starts.device
+    starts = starts[:, None, None]
+    query = starts + torch.arange(block, device=device)[:, None]
+    key = starts + torch.arange(-before * block, block, device=device)
+    band = (key >= -past) & (key <= query) & (query - key < window)
+    return torch.cat([query + position - torch.arange(sinks, device=device) >= window, band], -1)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor) -> None:

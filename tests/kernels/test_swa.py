@@ -10,7 +10,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels.swa import attention_with_positions, causal_attention, sliding_window_attention
+from kernels.swa import (
+    attention_with_positions,
+    causal_attention,
+    continued_attention,
+    sliding_window_attention,
+)
 from kernels.swa import reference as swa_reference
 
 Fixture = Any
@@ -138,6 +143,68 @@ def test_memory_is_linear_in_tokens() -> None:
         largest.append(mode.most / tokens)
     assert max(largest) <= 140, "a block's mask is window + sinks + block wide"
     assert largest[0] == pytest.approx(largest[2], rel=0.1)
+
+
+def continued(
+    parts: list[Tensor], position: int, window: int | None, sinks: int, scale: float | None = None
+) -> Tensor:
+    """`continued_attention` of the tokens from `position` on, given only what it asks for."""
+    q, k, v = parts
+    past = position if window is None else min(position, window - 1)
+    lead = 0 if window is None else min(sinks, position - past)
+    return continued_attention(
+        q[:, position:], k[:, position - past :], v[:, position - past :],
+        position=position, window_size=window, num_sinks=sinks, scale=scale,
+        sinks=(k[:, :lead], v[:, :lead]) if lead else None,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("position", [0, 1, 6, 7, 30, 69])
+@pytest.mark.parametrize(
+    ("window", "sinks"),
+    [(7, 0), (7, 3), (1, 2), (40, 33), (5, 40), (70, 2), (None, 0), (None, 3)],
+)
+def test_a_document_that_goes_on_matches_a_dense_mask(
+    position: int, window: int | None, sinks: int, close: Fixture
+) -> None:
+    leaves = [x.requires_grad_() for x in heads(70)]
+    want = dense(*leaves, window or 70, sinks, 0.4)[:, position:]
+    out = continued(leaves, position, window, sinks, 0.4)
+    close(out, want)
+    mix = torch.randn_like(out)
+    expected = torch.autograd.grad((want * mix).sum(), leaves)
+    for grad, other in zip(torch.autograd.grad((out * mix).sum(), leaves), expected, strict=True):
+        close(grad, other)
+
+
+def test_full_attention_that_goes_on_may_go_in_blocks(
+    monkeypatch: pytest.MonkeyPatch, close: Fixture
+) -> None:
+    parts = heads(150)
+    monkeypatch.setattr(swa_reference, "MASK_ELEMENTS", 40 * 150)
+    with LargestTensor() as mode:
+        out = continued(parts, 20, None, 0)
+    close(out, causal_attention(*parts)[:, 20:])
+    assert mode.most < 130 * 150, "no matrix of all queries and keys"
+
+
+def test_going_on_is_linear_in_tokens() -> None:
+    largest = []
+    for tokens in (2048, 4096):
+        parts = [x.float() for x in heads(tokens, rows=1, q_heads=1, kv_heads=1)]
+        with LargestTensor() as mode:
+            continued(parts, 100, 64, 4)
+        largest.append(mode.most / tokens)
+    assert max(largest) <= 140
+    assert largest[0] == pytest.approx(largest[1], rel=0.1)
+
+
+def test_keys_that_do_not_fit_the_position_are_refused() -> None:
+    q, k, v = heads(9)
+    with pytest.raises(ValueError, match=r"9 keys do not fit 9 queries from position 5 on; .* 3 "):
+        continued_attention(q, k, v, position=5, window_size=4, num_sinks=1)
+    with pytest.raises(ValueError, match="0 sinks do not fit; give the document's first 1 "):
+        continued_attention(q[:, 3:], k, v, position=5, window_size=4, num_sinks=1)
 
 
 def test_a_shuffled_cache_gives_the_same_attention(close: Fixture) -> None:
