@@ -1,0 +1,307 @@
+"""Measures how well context-parallel ranks overlap, and checks the simulation with it.
+
+    python -m benchmarks.wavefront                    # 1, 2 and 4 ranks, gloo, one thread each
+    python -m benchmarks.wavefront --help
+
+Starts the ranks on this machine, each with the same number of tokens of one document, runs forward
+and backward passes of a small model and notes when each rank computes and waits. One rank alone
+gives the compute times from which `benchmarks.schedule` predicts the others. Writes JSON and a
+figure. On a shared machine: many repeats, medians, and look at the spread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from allmem_megatron.config import BaseModelConfig, MemoryConfig
+from benchmarks.costs import Setting, messages
+from benchmarks.plots import Bar, plot_measured
+from benchmarks.programs import LayerSeconds, student_programs
+from benchmarks.schedule import Link, Timeline, simulate
+
+ROOT = Path(__file__).resolve().parents[1]
+Pass = dict[str, Any]
+
+# (from, to) of two marks that follow each other, and the part of a layer between them
+PARTS = {
+    ("forward", "start", "scan"): "before",
+    ("forward", "scan", "scanned"): "scan",
+    ("forward", "scanned", "end"): "after",
+    ("backward", "end", "scanned"): "back after",
+    ("backward", "scanned", "scan"): "back scan",
+    ("backward", "scan", "start"): "back before",
+}
+
+
+def measure(config: dict[str, Any]) -> list[list[Pass]]:
+    """Every rank's passes, by rank."""
+    with tempfile.TemporaryDirectory() as folder:
+        given, out = Path(folder, "config.json"), Path(folder, "out.json")
+        given.write_text(json.dumps(config), encoding="utf-8")
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        environment = {
+            **os.environ,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "WORLD_SIZE": str(config["ranks"]),
+            "OMP_NUM_THREADS": "1",
+        }
+        words = [sys.executable, "-m", "benchmarks.wavefront_rank", str(given), str(out)]
+        ranks = [
+            subprocess.Popen(
+                words, cwd=ROOT, env={**environment, "RANK": str(r), "LOCAL_RANK": str(r)}
+            )
+            for r in range(config["ranks"])
+        ]
+        try:
+            statuses = [rank.wait() for rank in ranks]
+        finally:
+            for rank in ranks:
+                rank.kill()
+        if any(statuses):
+            raise RuntimeError(f"ranks ended with {statuses}; their messages are above")
+        found: list[list[Pass]] = json.loads(out.read_text(encoding="utf-8"))
+    return found
+
+
+# ------------------------------------------------------------------------------- one pass
+
+
+def parts_of(one: Pass) -> list[tuple[str, int, float, float, float]]:
+    """(part, layer, start, stop, CPU seconds) of a rank's pass, in order."""
+    found = []
+    marks = one["marks"]
+    for first, second in pairwise(marks):
+        if len(first["name"]) == 3 and len(second["name"]) == 3:
+            direction, layer, place = first["name"]
+            part = PARTS.get((direction, place, second["name"][2]))
+            if part and second["name"][1] == layer:
+                cpu = second["cpu"] - first["cpu"]
+                found.append((part, layer, first["wall"], second["wall"], cpu))
+    return found
+
+
+def bars_of(one: Pass, zero: float) -> list[Bar]:
+    """What a rank computed in a pass, without its waits, in seconds from `zero`."""
+    waits = [(start - zero, stop - zero) for _, start, stop in one["waits"]]
+    bars: list[Bar] = []
+    for part, layer, start, stop, _ in parts_of(one):
+        kind = part
+        if "scan" not in part:
+            kind = "backward" if part.startswith("back") else "forward"
+        at = start - zero
+        for begin, end in waits:
+            if at <= begin < stop - zero:
+                bars.append((kind, layer, at, begin))
+                at = end
+        bars.append((kind, layer, at, stop - zero))
+    return bars
+
+
+def span(passes: Sequence[Pass]) -> tuple[float, float]:
+    """When the first rank began a pass and the last one ended it."""
+    begin = min(one["marks"][0]["wall"] for one in passes)
+    return begin, max(one["marks"][-1]["wall"] for one in passes)
+
+
+def efficiency(passes: Sequence[Pass]) -> float:
+    """Share of all ranks' time in which they did not wait for each other."""
+    begin, end = span(passes)
+    busy = 0.0
+    for one in passes:
+        waited = sum(stop - start for _, start, stop in one["waits"])
+        busy += one["marks"][-1]["wall"] - one["marks"][0]["wall"] - waited
+    return busy / (len(passes) * (end - begin))
+
+
+def seconds_of(ranks: Sequence[Sequence[Pass]], clock: str) -> LayerSeconds:
+    """Median times of the parts of a layer, waits left out."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for passes in ranks:
+        for one in passes:
+            for part, _, start, stop, cpu in parts_of(one):
+                waited = sum(e - b for _, b, e in one["waits"] if start <= b < stop)
+                found[part].append(cpu if clock == "cpu" else stop - start - waited)
+    middle = {part: statistics.median(values) for part, values in found.items()}
+    # where in `before` keys and values are ready is not marked; the schedule hardly depends on it
+    return LayerSeconds(
+        project=0.3 * middle["before"],
+        window=0.7 * middle["before"],
+        scan=middle["scan"],
+        after=middle["after"],
+        back_after=middle["back after"],
+        back_scan=middle["back scan"],
+        back_window=0.7 * middle["back before"],
+        back_project=0.3 * middle["back before"],
+    )
+
+
+# ------------------------------------------------------------------------------- all of it
+
+
+def base_of(config: dict[str, Any]) -> tuple[BaseModelConfig, MemoryConfig]:
+    """The sizes that the ranks build."""
+    base = BaseModelConfig(family="qwen3", qk_norm=True, vocab_size=256, **config["base"])
+    return base, MemoryConfig(**config["memory"])
+
+
+def predict(config: dict[str, Any], seconds: LayerSeconds, link: Link) -> Timeline:
+    """The wavefront that these times and messages of the real sizes give."""
+    base, memory = base_of(config)
+    setting = Setting(
+        tokens=config["tokens_per_rank"] * config["ranks"],
+        window_size=config["window_size"],
+        num_sinks=config["num_sinks"],
+        chunk_size=config["chunk_size"],
+    )
+    sizes = messages(base, config["ranks"], "wavefront", setting, memory, element_bytes=4)
+    layers = base.num_layers
+    return simulate(student_programs([seconds] * config["ranks"], sizes, layers), link)
+
+
+def bars_of_timeline(timeline: Timeline) -> list[list[Bar]]:
+    """The simulated ranks as bars."""
+    return [
+        [
+            (kind, int(layer), start, stop)
+            for name, start, stop in spans
+            if not name.startswith("wait")
+            for kind, layer in [name.rsplit(" ", 1)]
+        ]
+        for spans in timeline.spans
+    ]
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, least and most."""
+    return {"median": statistics.median(values), "least": min(values), "most": max(values)}
+
+
+def row_of(
+    config: dict[str, Any], ranks: list[list[Pass]], alone: LayerSeconds, link: Link
+) -> dict[str, Any]:
+    """What was measured with these ranks, beside bounds and prediction."""
+    size, layers = config["ranks"], config["base"]["num_layers"]
+    passes = list(zip(*ranks, strict=True))
+    times = [end - begin for begin, end in map(span, passes)]
+    own = seconds_of(ranks, "cpu")
+    row: dict[str, Any] = {
+        "ranks": size,
+        "mode": config["mode"],
+        "pass_s": spread(times),
+        "efficiency": spread([efficiency(one) for one in passes]),
+        "layer_bound": layers / (layers + size - 1),
+        "scan_bound": layers * own.total / (layers * own.total + (size - 1) * own.scans),
+        "cpu_s_of_a_layer": asdict(own),
+    }
+    if config["mode"] == "wavefront":
+        row["predicted_s"] = {}
+        for source, seconds in (("one rank alone", alone), ("these ranks", own)):
+            predicted = predict(config, seconds, link)
+            row["predicted_s"][source] = {
+                "pass_s": predicted.makespan,
+                "efficiency": predicted.efficiency,
+                "error_to_median": predicted.makespan / statistics.median(times) - 1,
+                "error_to_least": predicted.makespan / min(times) - 1,
+            }
+    return row
+
+
+def arguments(words: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.wavefront", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="the first is 1")
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--hidden", type=int, default=384)
+    parser.add_argument("--tokens_per_rank", type=int, default=768)
+    parser.add_argument("--window", type=int, default=256)
+    parser.add_argument("--sinks", type=int, default=16)
+    parser.add_argument("--chunk", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--modes", nargs="+", default=["wavefront", "a2a"])
+    parser.add_argument("--gbytes_per_s", type=float, default=1.0, help="of gloo, for predictions")
+    parser.add_argument("--latency_us", type=float, default=200.0, help="of gloo, for predictions")
+    parser.add_argument("--json", type=Path, default=ROOT / "benchmarks/results/wavefront.json")
+    parser.add_argument("--plot", type=Path, default=ROOT / "docs/img/wavefront.png")
+    given = parser.parse_args(words)
+    if given.ranks[0] != 1 or len(given.ranks) < 2:
+        parser.error(f"--ranks {given.ranks}: one rank alone comes first; give 1 and others")
+    return given
+
+
+def main(words: list[str] | None = None) -> None:
+    """Measures, predicts, writes JSON and figure."""
+    given = arguments(words)
+    config: dict[str, Any] = {
+        "base": {
+            "hidden_size": given.hidden,
+            "num_layers": given.layers,
+            "num_heads": given.hidden // 64,
+            "num_kv_heads": given.hidden // 128,
+            "head_dim": 64,
+            "intermediate_size": 3 * given.hidden,
+        },
+        "memory": {"memory_size": 256, "num_heads": 4},
+        "tokens_per_rank": given.tokens_per_rank,
+        "window_size": given.window,
+        "num_sinks": given.sinks,
+        "chunk_size": given.chunk,
+        "repeats": given.repeats,
+        "warmup": given.warmup,
+        "mode": "wavefront",
+        "ranks": 1,
+    }
+    link = Link(bytes_per_s=given.gbytes_per_s * 1e9, latency_s=given.latency_us * 1e-6)
+    print("1 rank", file=sys.stderr)
+    one = measure(config)
+    alone = seconds_of(one, "cpu")
+    rows, shown = [row_of(config, one, alone, link)], None
+    for mode in given.modes:
+        for size in given.ranks[1:]:
+            print(f"{size} ranks, {mode}", file=sys.stderr)
+            config = {**config, "mode": mode, "ranks": size}
+            ranks = measure(config)
+            rows.append(row_of(config, ranks, alone, link))
+            print(json.dumps(rows[-1]), file=sys.stderr)
+            if mode == "wavefront":
+                shown = config, ranks
+    result = {"config": {**config, "ranks": given.ranks, "mode": given.modes}, "rows": rows}
+    given.json.parent.mkdir(parents=True, exist_ok=True)
+    given.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if shown is not None:
+        draw(*shown, alone, link, [row for row in rows if row["mode"] == "wavefront"], given.plot)
+
+
+def draw(
+    config: dict[str, Any], ranks: list[list[Pass]], alone: LayerSeconds, link: Link,
+    rows: list[dict[str, Any]], path: Path,
+) -> None:  # fmt: skip
+    """The figure, with the pass whose time is the median."""
+    passes = sorted(zip(*ranks, strict=True), key=lambda one: span(one)[1] - span(one)[0])
+    middle = passes[len(passes) // 2]
+    zero = span(middle)[0]
+    simulated = bars_of_timeline(predict(config, alone, link))
+    measured = [bars_of(one, zero) for one in middle]
+    plot_measured(measured, simulated, config["base"]["num_layers"], rows, path)
+
+
+if __name__ == "__main__":
+    main()

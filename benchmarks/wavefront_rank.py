@@ -1,0 +1,128 @@
+"""One rank of benchmarks.wavefront: forward and backward passes of a model, with a trace.
+
+Called as `python -m benchmarks.wavefront_rank CONFIG.json OUT.json` under RANK, WORLD_SIZE,
+MASTER_ADDR and MASTER_PORT. Every pass is a list of marks in the order in which the rank passed
+them, each with the wall clock (the same one for all ranks of a machine) and the CPU time of the
+rank's thread, which neither waiting nor another process's turn on the core adds to.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from allmem_megatron import exchange
+from allmem_megatron.config import BaseModelConfig, MemoryConfig, MixerSettings
+from allmem_megatron.memory import MemoryBranch
+from allmem_megatron.model import AllMemGPTModel, build_model
+from allmem_megatron.parallel import destroy_model_parallel, init_model_parallel
+
+marks: list[dict[str, Any]] = []
+
+
+def mark(*names: object) -> None:
+    """Notes that the rank has come to the place that `names` tell."""
+    marks.append({"name": names, "wall": time.perf_counter(), "cpu": time.thread_time()})
+
+
+class Mark(torch.autograd.Function):
+    """Identity that marks both passes."""
+
+    @staticmethod
+    def forward(ctx: Any, layer: int, place: str, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.names = (layer, place)
+        mark("forward", layer, place)
+        return tuple(t.view_as(t) for t in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:  # type: ignore[override]
+        mark("backward", *ctx.names)
+        return None, None, *grads
+
+
+def instrument(model: AllMemGPTModel) -> None:
+    """Marks the start and the end of every layer and of its memory's scan, in both passes."""
+    for number, layer in enumerate(model.decoder.layers):
+
+        def begin(_: Any, args: Any, kwargs: dict[str, Any], number: int = number) -> Any:
+            x = kwargs.pop("hidden_states")
+            return args, {"hidden_states": Mark.apply(number, "start", x)[0], **kwargs}
+
+        def end(_: Any, __: Any, out: Any, number: int = number) -> Any:
+            return (*Mark.apply(number, "end", out[0]), *out[1:])
+
+        layer.register_forward_pre_hook(begin, with_kwargs=True)
+        layer.register_forward_hook(end)
+        branch = layer.self_attention.memory
+        assert isinstance(branch, MemoryBranch)
+        inner = branch._scan
+
+        def scan(streams: Any, *rest: Any, number: int = number, inner: Any = inner) -> Tensor:
+            streams = Mark.apply(number, "scan", *streams)
+            return Mark.apply(number, "scanned", inner(streams, *rest))[0]
+
+        branch._scan = scan  # type: ignore[method-assign]
+
+
+def one_pass(model: AllMemGPTModel, config: dict[str, Any], tokens: Tensor) -> dict[str, Any]:
+    """A forward and a backward pass; all ranks start together."""
+    settings = MixerSettings(
+        mode="allmem",
+        window_size=config["window_size"],
+        num_sinks=config["num_sinks"],
+        chunk_size=config["chunk_size"],
+    )
+    model.zero_grad(set_to_none=True)
+    marks.clear()
+    exchange.drain()
+    exchange.trace = []
+    dist.barrier()
+    mark("begin")
+    cp_mode = config["mode"] if config["ranks"] > 1 else None
+    with model.mixer(settings):
+        hidden = model.hidden_states(tokens, cp_mode=cp_mode)
+    mark("between")
+    hidden.float().square().mean().backward()
+    mark("done")
+    waits = [event for event in exchange.trace if event.name.startswith(("wait", "all-to-all"))]
+    exchange.trace = None
+    return {"marks": list(marks), "waits": waits}
+
+
+def main() -> None:
+    config = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    torch.set_num_threads(1)
+    init_model_parallel(cp=config["ranks"])
+    base = BaseModelConfig(family="qwen3", qk_norm=True, vocab_size=256, **config["base"])
+    memory = MemoryConfig(eta_init=0.01, **config["memory"])
+    model = build_model(base, branch="allmem", memory=memory, seed=1)
+    with torch.no_grad():
+        for mixer in model.mixers():
+            if mixer.memory is not None:
+                mixer.memory.alpha.fill_(0.1)
+    instrument(model)
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    tokens = torch.randint(0, 256, (1, config["tokens_per_rank"]), generator=generator)
+    passes = []
+    for number in range(config["warmup"] + config["repeats"]):
+        passes.append(one_pass(model, config, tokens))
+        if dist.get_rank() == 0:
+            print(f"pass {number + 1} of {config['warmup'] + config['repeats']}", flush=True)
+    found: list[Any] = [None] * config["ranks"]
+    dist.all_gather_object(found, passes[config["warmup"] :])
+    if dist.get_rank() == 0:
+        Path(sys.argv[2]).write_text(json.dumps(found), encoding="utf-8")
+    exchange.drain()
+    dist.barrier()
+    destroy_model_parallel()
+
+
+if __name__ == "__main__":
+    main()
