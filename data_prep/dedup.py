@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
@@ -187,8 +188,8 @@ def _mark_near(
     """Goes through documents that share a band with another, in order, and compares."""
     documents, buckets = _shared_buckets(rows, config, keeper < 0)
     kept: dict[int, list[int]] = defaultdict(list)
-    borders = np.flatnonzero(np.diff(documents, prepend=-1)).tolist()
-    for start, end in zip(borders, [*borders[1:], len(documents)], strict=True):
+    starts = np.flatnonzero(np.diff(documents, prepend=-1)).tolist()
+    for start, end in itertools.pairwise([*starts, len(documents)]):
         number = int(documents[start])
         own = buckets[start:end].tolist()
         others = sorted({other for bucket in own for other in kept[bucket]})
