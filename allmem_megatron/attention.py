@@ -8,46 +8,27 @@ Megatron is sequence-first, [T, B, D]; the kernels are batch-first, [B, T, ...].
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
-    reduce_from_tensor_model_parallel_region,
 )
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from allmem_megatron.attention_parallel import Reach, attention_over_ranks
 from allmem_megatron.config import BaseModelConfig, MemoryConfig, MixerSettings
+from allmem_megatron.inputs import MixerInputs
 from allmem_megatron.mamba2 import Mamba2Branch
 from allmem_megatron.memory import MemoryBranch
 from allmem_megatron.norm import RMSNorm
 from allmem_megatron.rotary import apply_rotary
-from kernels.swa import causal_attention, sliding_window_attention
-
-
-@dataclass
-class MixerInputs(PackedSeqParams):
-    """What one forward pass hands to the mixer of every layer, by way of core's arguments.
-
-    It travels with the call, not on the modules, so that a layer recomputed in the backward pass
-    mixes as it did in the forward pass, whatever the model is set to by then.
-    """
-
-    settings: MixerSettings | None = None
-    cu_seqlens: Tensor | None = None
-    """[N + 1] document bounds over T when B = 1 holds N packed documents."""
-    cos: Tensor | None = None
-    """[T, K]"""
-    sin: Tensor | None = None
-    """[T, K]"""
 
 
 class TokenMixer(MegatronModule):
@@ -108,7 +89,7 @@ class TokenMixer(MegatronModule):
             kind = {"allmem": MemoryBranch, "mamba2": Mamba2Branch}[branch]
             self.memory = kind(config, base, memory, group)
         self.recompute = False
-        self.align_loss: Tensor | None = None
+        self.align_squares: Tensor | None = None
 
     def forward(
         self, x: Tensor, *, packed_seq_params: MixerInputs, **_core_arguments: Any
@@ -130,16 +111,17 @@ class TokenMixer(MegatronModule):
             return self._align(x, inputs, settings), None
         q, k, v = self._qkv(x, inputs)
         if settings.mode == "full":
-            return self._project(causal_attention(q, k, v, cu_seqlens=inputs.cu_seqlens)), None
-        out = self._project(self._window(q, k, v, inputs, settings))
+            return self._project(self._attend(q, k, v, inputs, _FULL)), None
+        out = self._project(self._attend(q, k, v, inputs, _window(settings)))
         if settings.mode in ("allmem", "mamba2") and not settings.memory_off:
-            out = out + self._branch()(x, settings, inputs.cu_seqlens)
+            out = out + self._memory(x, inputs, settings)
         return out, None
 
-    def _branch(self) -> MemoryBranch | Mamba2Branch:
+    def _memory(self, x: Tensor, inputs: MixerInputs, settings: MixerSettings) -> Tensor:
+        """The branch's output, shaped as x."""
         if self.memory is None:
             raise ValueError("this model was built with branch='none'; build it with a branch")
-        return self.memory
+        return self.memory(x, settings, inputs.cu_seqlens, inputs.context, self.layer_number)
 
     def _qkv(self, x: Tensor, inputs: MixerInputs) -> tuple[Tensor, Tensor, Tensor]:
         """q [B, T, H, K] and k, v [B, T, G, K] of this rank, normed and rotated."""
@@ -157,17 +139,12 @@ class TokenMixer(MegatronModule):
             raise ValueError("MixerInputs has no rotary tables; call the model, not the layer")
         return apply_rotary(q, inputs.cos, inputs.sin), apply_rotary(k, inputs.cos, inputs.sin), v
 
-    def _window(
-        self, q: Tensor, k: Tensor, v: Tensor, inputs: MixerInputs, settings: MixerSettings
-    ) -> Tensor:
-        return sliding_window_attention(
-            q,
-            k,
-            v,
-            window_size=settings.window_size,
-            num_sinks=settings.num_sinks,
-            cu_seqlens=inputs.cu_seqlens,
-        )
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, inputs: MixerInputs, reach: Reach) -> Tensor:
+        """[B, T, H, K]; the other context-parallel ranks' keys come from there."""
+        if inputs.context is None:
+            return reach.within(q, k, v, inputs.cu_seqlens)
+        what = "full" if reach.window_size is None else "window"
+        return attention_over_ranks(q, k, v, inputs.context, reach, (self.layer_number, what))
 
     def _project(self, heads_BTHK: Tensor) -> Tensor:
         # [B, T, H, K] -> [T, B, H K]
@@ -175,34 +152,39 @@ class TokenMixer(MegatronModule):
         return self.linear_proj(flat)[0]
 
     def _align(self, x: Tensor, inputs: MixerInputs, settings: MixerSettings) -> Tensor:
-        """Full attention's output; with gradients on, also records this layer's loss."""
+        """Full attention's output; with gradients on, also records this layer's squares."""
         with torch.no_grad():
             q, k, v = self._qkv(x, inputs)
-            full = self._project(causal_attention(q, k, v, cu_seqlens=inputs.cu_seqlens))
+            full = self._project(self._attend(q, k, v, inputs, _FULL))
         if torch.is_grad_enabled():
             with torch.no_grad():
-                missing = full - self._project(self._window(q, k, v, inputs, settings))
-            del q, k, v
-            arguments = (x.detach(), missing, settings, inputs.cu_seqlens)
+                window = self._project(self._attend(q, k, v, inputs, _window(settings)))
+                missing = full - window
+            del q, k, v, window
+            arguments = (x.detach(), missing, inputs, settings)
             if self.recompute:
-                self.align_loss = checkpoint(
-                    self._alignment_loss, *arguments, use_reentrant=False, preserve_rng_state=False
+                self.align_squares = checkpoint(
+                    self._alignment_squares,
+                    *arguments,
+                    use_reentrant=False,
+                    preserve_rng_state=False,
                 )
             else:
-                self.align_loss = self._alignment_loss(*arguments)
+                self.align_squares = self._alignment_squares(*arguments)
         return full
 
-    def _alignment_loss(
-        self, x: Tensor, missing: Tensor, settings: MixerSettings, cu_seqlens: Tensor | None
+    def _alignment_squares(
+        self, x: Tensor, missing: Tensor, inputs: MixerInputs, settings: MixerSettings
     ) -> Tensor:
-        """||missing - branch||^2 / ||missing||^2, missing = full - window; 0 if nothing misses."""
+        """[2]: ||missing - branch||^2, ||missing||^2 over these tokens; missing = full - window."""
         left = missing.float()
         if not settings.memory_off:
-            left = left - self._branch()(x, settings, cu_seqlens).float()
-        squares = torch.stack((left.pow(2).sum(), missing.float().pow(2).sum()))
-        if self.config.sequence_parallel:  # each rank has seen T / tp tokens
-            squares = reduce_from_tensor_model_parallel_region(squares, group=self.tp_group)
-        # where no document is longer than the window, the branch has nothing to stand in for
-        something = squares[1] > 0
-        safe = torch.where(something, squares[1], torch.ones_like(squares[1]))
-        return torch.where(something, squares[0] / safe, torch.zeros_like(safe))
+            left = left - self._memory(x, inputs, settings).float()
+        return torch.stack((left.pow(2).sum(), missing.float().pow(2).sum()))
+
+
+_FULL = Reach(window_size=None)
+
+
+def _window(settings: MixerSettings) -> Reach:
+    return Reach(window_size=settings.window_size, num_sinks=settings.num_sinks)

@@ -8,14 +8,16 @@ and the documents' bounds, which every rank knows. Lengths and positions are in 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from allmem_megatron.exchange import Exchange
+    from allmem_megatron.exchange import Exchange, Key
 
 CP_MODES = ("wavefront", "a2a")
 
@@ -108,14 +110,14 @@ class ContextShard:
 
 
 def check_splits(num_tokens: int, size: int, *, parts: int = 1) -> None:
-    """Refuses T that is not a multiple of cp (times tp under sequence parallelism).
+    """Refuses T that is not a multiple of cp = `size`, times tp = `parts` if tokens split over both.
 
     Raises:
-        ValueError: naming the two numbers and the next length that would do.
+        ValueError: naming the numbers and the next length that would do.
     """
-    if num_tokens % (size * parts):
-        unit = size * parts
-        ranks = f"cp={size}" if parts == 1 else f"cp={size} times tp={parts}"
+    unit = size * parts
+    if num_tokens % unit:
+        ranks = " times ".join(f"{n}={k}" for n, k in (("cp", size), ("tp", parts)) if k > 1)
         raise ValueError(
             f"{num_tokens} tokens do not split over {ranks} ranks; set data.seq_length to a"
             f" multiple of {unit}, {-(-num_tokens // unit) * unit} for one"
@@ -130,3 +132,63 @@ def take_shard(x: Tensor, rank: int, size: int, *, dim: int = 1) -> Tensor:
     check_splits(x.shape[dim], size)
     each = x.shape[dim] // size
     return x.narrow(dim, rank * each, each)
+
+
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return _sum(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        return _sum(grad, ctx.group), None
+
+
+def _sum(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    total = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total, group=group)
+    return total
+
+
+def sum_over_ranks(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The sum of all ranks' x; every rank's x gets the sum of the gradients of all ranks' results.
+
+    For a loss that is a function of sums over all tokens: each rank makes its part of the loss of
+    the same sum, and the parts' gradients add up.
+    """
+    total: Tensor = _SumOverRanks.apply(x, group)
+    return total
+
+
+def by_heads(
+    function: Callable[..., Tensor], streams: Sequence[Tensor], shard: ContextShard, key: Key
+) -> Tensor:
+    """Every token of some heads instead of some tokens of every head; `function`; and back.
+
+    Args:
+        function: (each stream [B, R T, H / R, E_i]) -> out [B, R T, H / R, K].
+        streams: [B, T, H, E_i] with H a multiple of R; those of one dtype travel together.
+        shard: where the tokens lie.
+        key: names the messages, (layer, what).
+
+    Returns:
+        out [B, T, H, K].
+    """
+    whole: list[Tensor | None] = [None] * len(streams)
+    for dtype in dict.fromkeys(x.dtype for x in streams):
+        places = [i for i, x in enumerate(streams) if x.dtype == dtype]
+        joined = torch.cat([streams[i] for i in places], -1)
+        # [B, T, R h, E] -> [R, B, T, h, E]: slice r goes to rank r
+        parts = joined.unflatten(2, (shard.size, -1)).movedim(2, 0)
+        came = shard.exchange.all_to_all((*key, "heads", str(dtype)), parts.contiguous())
+        # [R, B, T, h, E], slice r holds rank r's tokens -> [B, R T, h, E]
+        tokens = came.movedim(0, 1).flatten(1, 2)
+        pieces = tokens.split([streams[i].shape[-1] for i in places], -1)
+        for i, piece in zip(places, pieces, strict=True):
+            whole[i] = piece
+    out = function(*whole)
+    # [B, R T, h, K] -> [R, B, T, h, K] -> [B, T, R h, K]
+    parts = out.unflatten(1, (shard.size, -1)).movedim(1, 0)
+    back = shard.exchange.all_to_all((*key, "tokens"), parts.contiguous())
+    return back.movedim(0, 2).flatten(2, 3)

@@ -17,8 +17,9 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from allmem_megatron.attention import MixerInputs, TokenMixer
+from allmem_megatron.attention import TokenMixer
 from allmem_megatron.config import BaseModelConfig, MemoryConfig
+from allmem_megatron.inputs import MixerInputs
 from allmem_megatron.norm import RMSNorm
 
 

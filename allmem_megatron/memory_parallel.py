@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from allmem_megatron.context_parallel import ContextShard
+from allmem_megatron.context_parallel import ContextShard, by_heads
 from allmem_megatron.exchange import Spec
 from allmem_megatron.shard_scan import (
     ShardDocuments,
@@ -130,7 +130,8 @@ def memory_over_ranks(
         )[0]
 
     q, k, v, eta, mu = streams
-    return _by_heads(scan, (q, k, v, eta, mu[..., None]), shard, layer)
+    check_heads(q.shape[2], shard.size)
+    return by_heads(scan, (q, k, v, eta, mu[..., None]), shard, (layer, "memory"))
 
 
 def ssd_over_ranks(streams: Streams, a_log: Tensor, shard: ContextShard, layer: int) -> Tensor:
@@ -156,7 +157,8 @@ def ssd_over_ranks(streams: Streams, a_log: Tensor, shard: ContextShard, layer: 
         return ssd_scan(x, dt[..., 0], own_heads(a_log, shard), b, c, cu_seqlens=bounds)[0]
 
     x, dt, b, c = streams
-    return _by_heads(scan, (x, dt[..., None], b, c), shard, layer)
+    check_heads(x.shape[2], shard.size)
+    return by_heads(scan, (x, dt[..., None], b, c), shard, (layer, "memory"))
 
 
 def own_heads(x: Tensor, shard: ContextShard) -> Tensor:
@@ -183,35 +185,6 @@ def _ends(
         return out
 
     return receive, send
-
-
-def _by_heads(
-    scan: Callable[..., Tensor], streams: Streams, shard: ContextShard, layer: int
-) -> Tensor:
-    """Every token of some heads instead of some tokens of every head; scan; and back.
-
-    Args:
-        scan: (streams `[B, R T, H / R, E_i]`) -> out `[B, R T, H / R, K]`.
-        streams: `[B, T, H, E_i]`; those of one dtype travel together.
-    """
-    check_heads(streams[0].shape[2], shard.size)
-    whole: list[Tensor | None] = [None] * len(streams)
-    for dtype in dict.fromkeys(x.dtype for x in streams):
-        places = [i for i, x in enumerate(streams) if x.dtype == dtype]
-        joined = torch.cat([streams[i] for i in places], -1)
-        # [B, T, R h, E] -> [R, B, T, h, E]: slice r goes to rank r
-        parts = joined.unflatten(2, (shard.size, -1)).movedim(2, 0)
-        came = shard.exchange.all_to_all((layer, "heads", str(dtype)), parts.contiguous())
-        # [R, B, T, h, E], slice r holds rank r's tokens -> [B, R T, h, E]
-        tokens = came.movedim(0, 1).flatten(1, 2)
-        pieces = tokens.split([streams[i].shape[-1] for i in places], -1)
-        for i, piece in zip(places, pieces, strict=True):
-            whole[i] = piece
-    out = scan(*whole)
-    # [B, R T, h, K] -> [R, B, T, h, K] -> [B, T, R h, K]
-    parts = out.unflatten(1, (shard.size, -1)).movedim(1, 0)
-    back = shard.exchange.all_to_all((layer, "tokens"), parts.contiguous())
-    return back.movedim(0, 2).flatten(2, 3)
 
 
 class _KeepGradients(torch.autograd.Function):

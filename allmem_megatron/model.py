@@ -20,12 +20,16 @@ from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
     gather_from_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
 )
 from torch import Tensor, nn
 
-from allmem_megatron.attention import MixerInputs, TokenMixer
+from allmem_megatron.attention import TokenMixer
 from allmem_megatron.config import BRANCHES, BaseModelConfig, MemoryConfig, MixerSettings
+from allmem_megatron.context_parallel import ContextShard, check_splits, sum_over_ranks
+from allmem_megatron.exchange import Exchange
 from allmem_megatron.initialise import initialise
+from allmem_megatron.inputs import MixerInputs
 from allmem_megatron.layer_specs import block_spec, transformer_config
 from allmem_megatron.mamba2 import Mamba2Branch
 from allmem_megatron.parallel import ensure_model_parallel
@@ -66,6 +70,7 @@ class AllMemGPTModel(GPTModel):
         frequencies, self._rotary_factor = inverse_frequencies(base)
         # a plain attribute, moved when used: a buffer would follow `.to(bfloat16)`
         self._rotary_frequencies = frequencies
+        self._align_context: ContextShard | None = None
         tag_tensor_parallel(self)
 
     @contextlib.contextmanager
@@ -108,24 +113,41 @@ class AllMemGPTModel(GPTModel):
         kwargs["packed_seq_params"] = self._mixer_inputs(input_ids, cu_seqlens)
         return super().forward(input_ids, position_ids, attention_mask, *args, **kwargs)
 
-    def hidden_states(self, tokens: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
+    def hidden_states(
+        self, tokens: Tensor, *, cu_seqlens: Tensor | None = None, cp_mode: str | None = None
+    ) -> Tensor:
         """States after the final norm; no logits are computed.
 
         Args:
-            tokens: [B, T] int64.
-            cu_seqlens: int [N + 1], bounds over T of N documents packed in one row (B = 1).
+            tokens: [B, T] int64. With `cp_mode`: [B, T / cp], this context-parallel rank's shard
+                (`context_parallel.take_shard`).
+            cu_seqlens: int [N + 1], bounds over T of N documents packed in one row (B = 1); with
+                `cp_mode` too these are the bounds over all T tokens.
+            cp_mode: None: this rank has whole sequences. "wavefront" or "a2a": how the memory
+                crosses the context-parallel ranks, all of which make this call. With gradients on,
+                all of them call backward on a loss that depends on the result (times 0 will do).
 
         Returns:
-            [B, T, D].
+            [B, T, D], or [B, T / cp, D], of the tokens given.
 
         Raises:
-            ValueError: cu_seqlens with B > 1 or not from 0 to T, or T that does not split.
+            ValueError: cu_seqlens with B > 1 or not from 0 to T, T that does not split, an unknown
+                mode, mode "a2a" with memory heads that do not split over the ranks, or
+                `shuffle_state` over several ranks.
         """
-        inputs = self._mixer_inputs(tokens, cu_seqlens)
+        context = self._context(tokens, cu_seqlens, cp_mode)
+        inputs = self._mixer_inputs(tokens, cu_seqlens, context)
         x = self.embedding(input_ids=tokens, position_ids=None)  # [T, B, D]
         x = self.decoder(hidden_states=x, attention_mask=None, packed_seq_params=inputs)
         if self.config.sequence_parallel:
             x = gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=False)
+        self._align_context = None
+        if context is not None:
+            if inputs.settings is not None and inputs.settings.mode == "align":
+                self._align_context = context  # whose messages' gradients the losses will drive
+            else:
+                x = context.exchange.attach(x)
+            context.exchange.finish()
         return x.transpose(0, 1)  # [T, B, D] -> [B, T, D]
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -140,24 +162,42 @@ class AllMemGPTModel(GPTModel):
         split = F.linear(copy_to_tensor_model_parallel_region(hidden), weight)
         return gather_from_tensor_model_parallel_region(split)
 
-    def _mixer_inputs(self, tokens: Tensor, cu_seqlens: Tensor | None) -> MixerInputs:
+    def _context(
+        self, tokens: Tensor, cu_seqlens: Tensor | None, cp_mode: str | None
+    ) -> ContextShard | None:
+        """Where this rank's tokens lie; None if it has them all."""
+        if cp_mode is None:
+            return None
+        recompute = any(layer.recompute for layer in self.decoder.layers)
+        exchange = Exchange(
+            parallel_state.get_context_parallel_group(),
+            tape=recompute and torch.is_grad_enabled(),
+        )
+        bounds = None if cu_seqlens is None else cu_seqlens.cpu()
+        context = ContextShard.of(exchange, cp_mode, tokens.shape[1] * exchange.size, bounds)
+        return context if exchange.size > 1 else None
+
+    def _mixer_inputs(
+        self, tokens: Tensor, cu_seqlens: Tensor | None, context: ContextShard | None = None
+    ) -> MixerInputs:
         batch, num_tokens = tokens.shape
         tp = parallel_state.get_tensor_model_parallel_world_size()
         if self.config.sequence_parallel and num_tokens % tp:
-            raise ValueError(
-                f"{num_tokens} tokens do not split over tp={tp} ranks; set data.seq_length to a"
-                f" multiple of {tp}"
-            )
+            cp = 1 if context is None else context.size
+            check_splits(num_tokens * cp, cp, parts=tp)
         if cu_seqlens is not None:
             cu_seqlens = cu_seqlens.cpu()  # it steers Python loops: wait for a GPU once, not often
-            _check_bounds(cu_seqlens, batch, num_tokens)
+            _check_bounds(cu_seqlens, batch, num_tokens if context is None else context.num_tokens)
         if self._rotary_frequencies.device != tokens.device:
             self._rotary_frequencies = self._rotary_frequencies.to(tokens.device)
-        positions = positions_within_documents(num_tokens, cu_seqlens).to(tokens.device)
+        start = 0 if context is None else context.start
+        positions = positions_within_documents(num_tokens, cu_seqlens, start).to(tokens.device)
         cos, sin = cos_sin(
             positions, self._rotary_frequencies, self._rotary_factor, self.config.params_dtype
         )
-        return MixerInputs(settings=self.settings, cu_seqlens=cu_seqlens, cos=cos, sin=sin)
+        return MixerInputs(
+            settings=self.settings, cu_seqlens=cu_seqlens, cos=cos, sin=sin, context=context
+        )
 
     def mixers(self) -> Iterator[TokenMixer]:
         """The token mixer of every layer, in order."""
@@ -175,18 +215,33 @@ class AllMemGPTModel(GPTModel):
     def align_losses(self) -> list[Tensor]:
         """Every layer's loss of the last forward pass in mode "align"; the call clears them.
 
+        ||missing - branch||^2 / ||missing||^2 over all tokens, missing = full - window; 0 if
+        nothing misses. The same numbers on all tensor- and context-parallel ranks, all of which
+        make this call; on several context-parallel ranks the gradient is that of the sum of all
+        ranks' losses, so that each rank's share of the loss is 1 / cp of it.
+
         Raises:
             ValueError: no such pass has run with gradients on since the last call.
         """
-        losses = []
+        squares = []
         for mixer in self.mixers():
-            if mixer.align_loss is None:
+            if mixer.align_squares is None:
                 raise ValueError(
                     "no alignment losses: run hidden_states in mode 'align' with gradients on first"
                 )
-            losses.append(mixer.align_loss)
-            mixer.align_loss = None
-        return losses
+            squares.append(mixer.align_squares)
+            mixer.align_squares = None
+        total = torch.stack(squares)  # [L, 2]
+        if self.config.sequence_parallel:  # each rank has seen T / tp tokens
+            total = reduce_from_tensor_model_parallel_region(total)
+        context, self._align_context = self._align_context, None
+        if context is not None:
+            total = sum_over_ranks(context.exchange.attach(total), context.exchange.group)
+        left, missing = total.unbind(1)
+        # where no document is longer than the window, the branch has nothing to stand in for
+        something = missing > 0
+        safe = torch.where(something, missing, torch.ones_like(missing))
+        return list(torch.where(something, left / safe, torch.zeros_like(safe)).unbind())
 
     def memory_statistics(self) -> dict[str, float]:
         """Mean |alpha| over channels per layer; mean eta and mu of the last forward pass.

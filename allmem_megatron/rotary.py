@@ -30,12 +30,18 @@ def inverse_frequencies(config: BaseModelConfig) -> tuple[Tensor, float]:
     return frequencies.float(), float(factor)
 
 
-def positions_within_documents(num_tokens: int, cu_seqlens: Tensor | None) -> Tensor:
-    """Positions [T] that start at 0 in every document; `cu_seqlens` [N+1] bounds them."""
+def positions_within_documents(
+    num_tokens: int, cu_seqlens: Tensor | None, start: int = 0
+) -> Tensor:
+    """Positions in their documents of the `num_tokens` tokens from `start` on, [num_tokens].
+
+    Every document's first token has position 0; `cu_seqlens` [N + 1] bounds the documents.
+    """
+    position = torch.arange(start, start + num_tokens)
     if cu_seqlens is None:
-        return torch.arange(num_tokens)
+        return position
     bounds = cu_seqlens.to(torch.int64)
-    position = torch.arange(num_tokens, device=bounds.device)
+    position = position.to(bounds.device)
     document = torch.searchsorted(bounds, position, right=True) - 1
     return position - bounds[document]
 

@@ -231,7 +231,9 @@ def test_ranks_that_do_not_fit_are_refused_by_the_call_that_sets_them(hf_config)
             check_sizes(base, memory, tp=4)
     with pytest.raises(ValueError, match=r"memory.num_heads=1 does not .* init_.*\(tp=1\)"):
         check_sizes(base, MemoryConfig(num_heads=1), tp=2)
-    with pytest.raises(ValueError, match=r"cp=2: .* call init_model_parallel\(cp=1\)"):
+    init_model_parallel()
+    init_model_parallel(tp=1, cp=1)  # the same again
+    with pytest.raises(ValueError, match=r"cp=2 asked for, but .* tp=1, cp=1; start a new process"):
         init_model_parallel(cp=2)
 
 
