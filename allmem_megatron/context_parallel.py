@@ -110,7 +110,7 @@ class ContextShard:
 
 
 def check_splits(num_tokens: int, size: int, *, parts: int = 1) -> None:
-    """Refuses T that is not a multiple of cp = `size`, times tp = `parts` if tokens split over both.
+    """Refuses T that does not split over cp = `size` ranks, or those times tp = `parts`.
 
     Raises:
         ValueError: naming the numbers and the next length that would do.
