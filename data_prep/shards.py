@@ -7,7 +7,6 @@ renamed, so that a name without `.partial` is always whole. Headers carry no tim
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import io
@@ -23,9 +22,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data_prep.atomic import atomic_file, write_atomic
 from data_prep.sample import Sample
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""Version 1 had no `root`; it is read as well."""
+_READABLE = (1, 2)
 MANIFEST_NAME = "manifest.json"
 MEMBERS = ("tokens.npy", "loss_mask.npy", "cu_seqlens.npy", "meta.json")
 _MEMBER_NAME = re.compile(
@@ -63,6 +65,8 @@ class Manifest:
     reports: dict[str, dict[str, Any]]
     """By `SPLIT/SOURCE`: what was read, dropped and unreadable, and the text's fingerprint."""
     schema_version: int = SCHEMA_VERSION
+    root: str = ""
+    """URL of the shards where they are not beside the manifest (`data.dir`)."""
 
     def num_samples(self, split: str) -> int:
         """Samples of a split."""
@@ -72,35 +76,58 @@ class Manifest:
         """Tokens of a split, without padding."""
         return sum(shard.num_tokens for shard in self.splits.get(split, ()))
 
-    def save(self, folder: Path) -> None:
+    def to_bytes(self) -> bytes:
+        """The text of `manifest.json`."""
+        return (json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True) + "\n").encode()
+
+    def save(self, folder: Path, *, owner: str = "") -> None:
         """Writes `manifest.json`, whole or not at all."""
-        text = json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True) + "\n"
-        write_atomic(folder / MANIFEST_NAME, text.encode())
+        write_atomic(folder / MANIFEST_NAME, self.to_bytes(), owner=owner)
 
     @classmethod
     def load(cls, path: str | Path) -> Manifest:
-        """Reads a manifest, or the one in a folder.
+        """Reads a manifest, or the one in a folder; a URL (`s3://…`) is read by fsspec.
 
         Raises:
             ValueError: missing, broken, or of another schema version.
         """
-        path = Path(path)
-        file = path / MANIFEST_NAME if path.is_dir() else path
+        if "://" in str(path):
+            import fsspec
+
+            file = str(path).removesuffix(MANIFEST_NAME).rstrip("/") + f"/{MANIFEST_NAME}"
+            try:
+                with fsspec.open(file, "rb") as stream:
+                    data: bytes = stream.read()  # type: ignore[union-attr]
+            except FileNotFoundError:
+                raise ValueError(f"{file} is missing; run stage=prepare first") from None
+            return cls.from_bytes(data, file)
+        local = Path(path)
+        local = local / MANIFEST_NAME if local.is_dir() else local
         try:
-            plain = json.loads(file.read_bytes())
+            return cls.from_bytes(local.read_bytes(), str(local))
+        except FileNotFoundError:
+            raise ValueError(f"{local} is missing; run stage=prepare first") from None
+
+    @classmethod
+    def from_bytes(cls, data: bytes, file: str) -> Manifest:
+        """A manifest from the text of `file`, which messages name.
+
+        Raises:
+            ValueError: broken, or of another schema version.
+        """
+        try:
+            plain = json.loads(data)
             version = plain["schema_version"]
-            if version != SCHEMA_VERSION:
+            if version not in _READABLE:
                 raise ValueError(
-                    f"{file} has schema_version={version}, this program reads {SCHEMA_VERSION}; "
-                    "run stage=prepare again"
+                    f"{file} has schema_version={version}, this program reads "
+                    f"{' and '.join(map(str, _READABLE))}; run stage=prepare again"
                 )
             splits = {
                 name: tuple(ShardRecord(**record) for record in records)
                 for name, records in plain.pop("splits").items()
             }
             return cls(splits=splits, **plain)
-        except FileNotFoundError:
-            raise ValueError(f"{file} is missing; run stage=prepare first") from None
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{file} is no manifest ({error}); delete its folder and run stage=prepare again"
@@ -112,60 +139,45 @@ def shard_name(number: int) -> str:
     return f"shard-{number:05d}.tar"
 
 
-@contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[io.BufferedWriter]:
-    """A file that appears under its name only once it is whole and on disk.
-
-    Raises:
-        OSError: with the mend, where the disk is full; nothing is left under either name.
-    """
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with open(partial, "wb") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(partial, path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise OSError(
-            error.errno,
-            f"could not write {path.name} ({error.strerror}); free space there and run the same "
-            "command again, finished shards are kept",
-        ) from error
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Writes a small file whole or not at all."""
-    with atomic_file(path) as stream:
-        stream.write(data)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def write_shard(
     path: Path, samples: Iterable[Sample], *, first_key: int, source: str, kind: str
 ) -> ShardRecord:
     """Writes one shard and gives its record; keys count on from `first_key`."""
-    counts = _Counts()
     with atomic_file(path) as stream:
-        digest = _HashingWriter(stream)
-        # USTAR: plain fixed headers, no extension records that would depend on the writer.
-        with tarfile.open(fileobj=digest, mode="w|", format=tarfile.USTAR_FORMAT) as archive:
-            for offset, sample in enumerate(samples):
-                for part, data in encode_sample(sample).items():
-                    info = tarfile.TarInfo(f"{first_key + offset:09d}.{part}")
-                    info.size = len(data)
-                    archive.addfile(info, io.BytesIO(data))
-                counts.add(sample.loss_mask, sample.meta)
-    return counts.record(path, source, kind, digest.sha256.hexdigest(), digest.num_bytes)
+        return write_samples(
+            stream,
+            samples,
+            first_key=first_key,
+            name=f"{path.parent.name}/{path.name}",
+            source=source,
+            kind=kind,
+        )
+
+
+def write_samples(
+    stream: Any, samples: Iterable[Sample], *, first_key: int, name: str, source: str, kind: str
+) -> ShardRecord:
+    """Writes samples as a tar file into a stream that takes bytes, and gives the record.
+
+    Args:
+        stream: has `write`.
+        samples: in order.
+        first_key: number of the first one; keys count on from it.
+        name: of the shard, relative to the manifest.
+        source: of all samples.
+        kind: of all samples.
+    """
+    counts = _Counts()
+    digest = _HashingWriter(stream)
+    # USTAR: plain fixed headers, no extension records that would depend on the writer.
+    with tarfile.open(fileobj=digest, mode="w|", format=tarfile.USTAR_FORMAT) as archive:
+        for offset, sample in enumerate(samples):
+            for part, data in encode_sample(sample).items():
+                info = tarfile.TarInfo(f"{first_key + offset:09d}.{part}")
+                info.size = len(data)
+                archive.addfile(info, io.BytesIO(data))
+            counts.add(sample.loss_mask, sample.meta)
+    return counts.record(name, source, kind, digest.sha256.hexdigest(), digest.num_bytes)
 
 
 def encode_sample(sample: Sample) -> dict[str, bytes]:
@@ -285,7 +297,7 @@ def _npy_bytes(array: NDArray[Any]) -> bytes:
 class _HashingWriter(io.RawIOBase):
     """Passes bytes on and hashes them."""
 
-    def __init__(self, stream: io.BufferedWriter) -> None:
+    def __init__(self, stream: Any) -> None:
         self._stream = stream
         self.sha256 = hashlib.sha256()
         self.num_bytes = 0
@@ -296,7 +308,8 @@ class _HashingWriter(io.RawIOBase):
     def write(self, data: Any) -> int:
         self.sha256.update(data)
         self.num_bytes += len(data)
-        return self._stream.write(data)
+        self._stream.write(data)
+        return len(data)
 
 
 class _Counts:
@@ -310,9 +323,9 @@ class _Counts:
         self.tokens += len(loss_mask) - int(meta.get("num_padding", 0))
         self.loss_tokens += int(loss_mask.sum())
 
-    def record(self, path: Path, source: str, kind: str, sha256: str, size: int) -> ShardRecord:
+    def record(self, name: str, source: str, kind: str, sha256: str, size: int) -> ShardRecord:
         return ShardRecord(
-            path=f"{path.parent.name}/{path.name}",
+            path=name,
             source=source,
             kind=kind,
             num_samples=self.samples,

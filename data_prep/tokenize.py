@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, overload
 
+import numpy as np
+from numpy.typing import NDArray
+
 TokenizerLike = Any
 """A Hugging Face fast tokenizer (`PreTrainedTokenizerFast`)."""
 
@@ -32,6 +35,67 @@ def encode_text(tokenizer: TokenizerLike, text: str | Sequence[str]) -> list[int
     )
     ids: list[int] | list[list[int]] = encoded["input_ids"]
     return ids
+
+
+MAX_CHARACTERS = 1 << 22
+"""Longer texts are cut before they are tokenized: what the tokenizer holds for a text is some 100
+bytes a token."""
+
+
+class TextEncoder:
+    """Plain text to token ids as `encode_text` does, without offsets and lists that nobody needs.
+
+    Args:
+        backend: a `tokenizers.Tokenizer` (`tokenizer.backend_tokenizer`).
+        dtype: of the ids.
+        max_characters: cut longer texts, behind a line end where there is one in the second half of
+            the stretch, else behind a space, else anywhere. Only there can ids differ from those of
+            the whole text, and only with tokenizers whose tokens go on past line ends.
+    """
+
+    def __init__(
+        self,
+        backend: Any,
+        dtype: np.dtype[Any] | type = np.int32,
+        *,
+        max_characters: int = MAX_CHARACTERS,
+    ) -> None:
+        self._backend = backend
+        self._dtype = np.dtype(dtype)
+        self._max_characters = max_characters
+
+    def __call__(self, texts: Sequence[str]) -> list[NDArray[Any]]:
+        """Token ids of each text, [T]."""
+        if not texts:
+            return []
+        # A tokenizer that is shared keeps what its last caller set.
+        self._backend.encode_special_tokens = True
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        if max(map(len, texts)) <= self._max_characters:
+            return self._encode(list(texts))
+        rows = []
+        for text in texts:
+            stretches = cut_text(text, self._max_characters)
+            parts = [self._encode([stretch])[0] for stretch in stretches]
+            rows.append(np.concatenate(parts) if len(parts) > 1 else parts[0])
+        return rows
+
+    def _encode(self, texts: list[str]) -> list[NDArray[Any]]:
+        found = self._backend.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=self._dtype) for encoding in found]
+
+
+def cut_text(text: str, max_characters: int) -> list[str]:
+    """The text in stretches of at most so many characters, behind line ends or spaces if it can."""
+    stretches = []
+    start = 0
+    while len(text) - start > max_characters:
+        middle, limit = start + max_characters // 2, start + max_characters
+        border = text.rfind("\n", middle, limit) + 1 or text.rfind(" ", middle, limit) + 1
+        stretches.append(text[start : border or limit])
+        start = border or limit
+    return [*stretches, text[start:]]
 
 
 def end_of_text_id(tokenizer: TokenizerLike) -> int:
