@@ -136,8 +136,8 @@ class Duplicates:
 def find_duplicates(rows: NDArray[np.void], config: DedupConfig) -> Duplicates:
     """Searches the signatures of all documents for duplicates.
 
-    Memory: about 100 bytes a document beside the rows, which may be mapped from a file, and 16 for
-    each band in which it agrees with another.
+    Memory: about 250 bytes a document where one in five is a near duplicate, beside the rows, which
+    may be mapped from a file.
 
     Args:
         rows: [N] of `Signer.dtype`, in the documents' order; the first of duplicates is kept.
