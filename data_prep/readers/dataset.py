@@ -78,10 +78,11 @@ def open_dataset(path: str, subset: str | None, revision: str | None, split: str
             return saved[split]
         return datasets.load_dataset(path, subset, split=split, revision=revision, streaming=True)
     except ConnectionError as error:
+        line = " ".join(str(error).split())
         raise ValueError(
-            f"data set {path!r} is no folder here and cannot be reached ({' '.join(str(error).split())}); where there is "
-            f"a network run `hf download --repo-type dataset {path} --local-dir DIR`, copy DIR "
-            "here and set path=DIR"
+            f"data set {path!r} is no folder here and cannot be reached ({line}); where there is a "
+            f"network run `hf download --repo-type dataset {path} --local-dir DIR`, copy DIR here "
+            "and set path=DIR"
         ) from error
     except (OSError, ValueError) as error:
         line = " ".join(str(error).split())

@@ -29,7 +29,8 @@ def parquet_parts(entry: FileEntry, source: SourceConfig, split: str) -> list[tu
             _columns(file, source, entry.label)
             groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
             sizes = [group.total_byte_size for group in groups]
-    except (pa.ArrowException, OSError):
+    except (pa.ArrowException, OSError) as error:
+        _raise_of_system(error)
         return [(Part(entry.path, entry.label, split=split), entry.size)]
     parts: list[tuple[Part, int]] = []
     first = total = 0
@@ -91,8 +92,15 @@ def read_parquet(part: Part, source: SourceConfig, report: UnitReport) -> Iterat
                     elif document := reader.document(record, where, report):
                         yield document
     except (pa.ArrowException, OSError) as error:
+        _raise_of_system(error)
         line = " ".join(str(error).split())[:200]
         report.broken("truncated or corrupt parquet file", part.label, detail=line)
+
+
+def _raise_of_system(error: Exception) -> None:
+    """Raises what the operating system says (no such file, no permission); the rest is the file."""
+    if isinstance(error, OSError) and error.errno is not None:
+        raise error
 
 
 def _records(batch: Any) -> Iterator[tuple[dict[str, Any], str]]:

@@ -248,9 +248,11 @@ def test_duplicate_ids_are_read_each(tmp_path: Path) -> None:
     assert report.num_bad == 0
 
 
-def test_a_file_that_is_gone_since_it_was_listed_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_bytes(GOOD)
-    (unit,) = list_units(SourceConfig(kind="jsonl", path=str(tmp_path)), "train")
-    (tmp_path / "a.jsonl").unlink()
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_file_that_is_gone_since_it_was_listed_is_an_error(tmp_path: Path, kind: str) -> None:
+    file = tmp_path / f"a.{kind}"
+    file.write_bytes(GOOD)
+    (unit,) = list_units(SourceConfig(kind=kind, path=str(tmp_path)), "train")
+    file.unlink()
     with pytest.raises(ValueError, match="is gone since it was listed"):
         list(read_unit(unit, UnitReport()))
