@@ -22,10 +22,11 @@ from data_prep.shards import MANIFEST_NAME, file_sha256
 from pipeline.atomic import remove, write_json
 from pipeline.checkpoint import latest_checkpoint, model_files, refuse_other_config
 from pipeline.config import resolve_path
-from pipeline.context import DONE_FILE, StageContext, folder_name, is_finished
+from pipeline.context import DONE_FILE, StageContext, is_finished
 from pipeline.evaluation import find_weights
 from pipeline.fingerprint import digest
 from pipeline.lineage import lineage
+from pipeline.retention import chosen_checkpoint
 from pipeline.schema import TRAINING_STAGES, RunConfig
 from pipeline.tokenizer import check_tokenizer, open_tokenizer
 
@@ -137,7 +138,7 @@ def _files(config: RunConfig, context: StageContext) -> dict[str, Path]:
         names = [name for weights in branches for name in weights.checkpoints]
     else:
         entries = lineage(config, branch=context.branch, before=context.entry)
-        found = [latest_checkpoint(run_dir / folder_name(e) / "checkpoints") for e in entries]
+        found = [chosen_checkpoint(config, run_dir, entry) for entry in entries]
         names = [str(path.relative_to(run_dir)) for path in found if path is not None]
     weights = [file for name in names for file in model_files(run_dir / name)]
     files = {str(file.relative_to(run_dir)): file for file in weights}

@@ -21,11 +21,12 @@ from data_prep.shards import file_sha256
 from evals.config import EvalConfig
 from evals.records import DocumentRecord
 from pipeline.atomic import write_json
-from pipeline.checkpoint import latest_checkpoint, model_files
+from pipeline.checkpoint import model_files
 from pipeline.config import resolve_path, split_entry
-from pipeline.context import StageContext, folder_name, is_finished
+from pipeline.context import StageContext, is_finished
 from pipeline.costs import MixerShape, cache_bytes, flops_ratio
-from pipeline.models import lineage
+from pipeline.lineage import lineage
+from pipeline.retention import chosen_checkpoint
 from pipeline.schema import RunConfig
 
 CONTROL_SETTINGS: dict[str, dict[str, Any]] = {
@@ -85,7 +86,7 @@ def find_weights(config: RunConfig, run_dir: Path, branch: str) -> Weights:
     reached: list[tuple[str, Path]] = []
     before = None
     for entry in entries:
-        path = latest_checkpoint(run_dir / folder_name(entry) / "checkpoints")
+        path = chosen_checkpoint(config, run_dir, entry)
         if path is None or not is_finished(run_dir, entry):
             before = entry
             break

@@ -16,6 +16,16 @@ def branch_of(config: RunConfig, entry: str) -> str:
     return split_entry(entry)[1] or config.mixer.branch
 
 
+def is_last(config: RunConfig, entry: str) -> bool:
+    """Whether no other training stage of the recipe starts from this one's weights."""
+    trained = [other for other in config.stages if split_entry(other)[0] in TRAINING_STAGES]
+    return not any(
+        entry in lineage(config, branch=branch_of(config, other), before=other)
+        for other in trained
+        if other != entry
+    )
+
+
 def lineage(config: RunConfig, *, branch: str, before: str | None = None) -> list[str]:
     """Training entries whose weights a model of `branch` holds, in order.
 

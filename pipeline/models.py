@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -11,17 +11,17 @@ from torch import Tensor, nn
 from allmem_hf.files import restore_folder
 from allmem_megatron.base_files import TOKENIZER_FILES, read_base_config
 from allmem_megatron.config import BaseModelConfig
-from allmem_megatron.convert import BaseCheckpoint, load_base, load_base_into
+from allmem_megatron.convert import BaseCheckpoint, hf_names, load_base, load_base_into
 from allmem_megatron.convert import from_hf as from_hf_names
 from allmem_megatron.initialise import memory_from_base
 from allmem_megatron.model import AllMemGPTModel, build_model
-from allmem_megatron.sharding import part_shape, set_part, shard_of
-from pipeline.checkpoint import latest_checkpoint, load_checkpoint, refuse_other_config
+from allmem_megatron.sharding import full_shape, set_part, shard_of
+from pipeline.checkpoint import load_checkpoint, refuse_other_config
 from pipeline.config import check_memory, resolve_path, split_entry
-from pipeline.context import folder_name
 from pipeline.fetch import SOURCES
 from pipeline.fingerprint import fingerprint
 from pipeline.lineage import lineage
+from pipeline.retention import chosen_checkpoint
 from pipeline.schema import TRAINING_STAGES, ParallelSettings, RunConfig
 from pipeline.train_schema import TrainSettings
 
@@ -154,7 +154,7 @@ def load_model(
     if base is not None:
         load_base_into(model, base)
     for entry in lineage(config, branch=branch, before=before):
-        path = latest_checkpoint(run_dir / folder_name(entry) / "checkpoints")
+        path = chosen_checkpoint(config, run_dir, entry)
         if path is None:
             raise ValueError(
                 f"stage {entry} has no checkpoint in {run_dir}; run it first: "
@@ -174,39 +174,61 @@ def load_model(
 
 
 def load_weights(model: AllMemGPTModel, tensors: Mapping[str, Tensor]) -> None:
-    """Copy some weights, whole and by Hugging Face name, into the model.
+    """Copy some weights, whole and by Hugging Face name, into the model, one after the other.
 
     Raises:
         ValueError: a name or a shape that the model does not have.
     """
     parameters = dict(model.named_parameters())
-    for name, value in parts_for(model, tensors).items():
-        set_part(parameters[name], value)
+    places = {part: name for name in parameters for part in hf_names(name)}
+    if unknown := sorted(set(tensors) - set(places)):
+        raise ValueError(
+            f"{unknown[0]} of the checkpoint is no parameter of this model; use the configuration "
+            "that it was made with"
+        )
+    wanted = {places[part]: parameters[places[part]] for part in tensors}
+    for name, part in PartsOfRank(model, wanted, tensors).items():
+        set_part(parameters[name], part)
 
 
-def parts_for(model: AllMemGPTModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors by Hugging Face name → this rank's parts by the model's parameter names.
+class PartsOfRank(Mapping[str, Tensor]):
+    """This rank's parts of stored tensors by the model's parameter names, each read when asked for.
 
-    Raises:
-        ValueError: a name or a shape that the model does not have.
+    Args:
+        model: gives the layout.
+        trained: the parameters.
+        stored: whole tensors by Hugging Face name.
+        prefix: of the stored names.
     """
-    parameters = dict(model.named_parameters())
-    parts = {}
-    for name, whole in from_hf_names(tensors, model.base_config).items():
-        if name not in parameters:
+
+    def __init__(
+        self,
+        model: AllMemGPTModel,
+        trained: Mapping[str, nn.Parameter],
+        stored: Mapping[str, Tensor],
+        prefix: str = "",
+    ) -> None:
+        self._model, self._trained = model, trained
+        self._stored, self._prefix = stored, prefix
+
+    def __getitem__(self, name: str) -> Tensor:
+        parameter = self._trained[name]
+        names = {part: self._prefix + part for part in hf_names(name)}
+        parts = {part: self._stored[key] for part, key in names.items() if key in self._stored}
+        whole = from_hf_names(parts, self._model.base_config)[name]
+        if whole.shape != full_shape(parameter):
             raise ValueError(
-                f"{name} of the checkpoint is no parameter of this model; use the configuration "
-                "that it was made with"
+                f"{name} has shape {tuple(whole.shape)} in the checkpoint and "
+                f"{tuple(full_shape(parameter))} in the model; use the configuration that it was "
+                "made with"
             )
-        part = shard_of(whole, parameters[name])
-        if part.shape != part_shape(parameters[name]):
-            raise ValueError(
-                f"{name} has shape {tuple(part.shape)} in the checkpoint and "
-                f"{tuple(part_shape(parameters[name]))} in the model; use the configuration "
-                "that it was made with"
-            )
-        parts[name] = part
-    return parts
+        return shard_of(whole, parameter)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._trained)
+
+    def __len__(self) -> int:
+        return len(self._trained)
 
 
 def trained_parameters(model: AllMemGPTModel, which: str) -> dict[str, nn.Parameter]:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
-from torch import Tensor, nn
+from torch import nn
 
-from allmem_megatron.convert import from_hf, hf_names
+from allmem_megatron.convert import hf_names
 from allmem_megatron.model import AllMemGPTModel
-from allmem_megatron.sharding import full_shape, shard_of
 from pipeline.checkpoint import MODEL_FILE, OPTIMIZER_FILE, Checkpoint
 from pipeline.engine import MOMENTS, Engine
+from pipeline.models import PartsOfRank
 
 
 def restore(
@@ -53,42 +53,3 @@ def _refuse_other_names(saved: Checkpoint, trained: Mapping[str, nn.Parameter]) 
                 "configuration that it was made with, or delete the folder to go on from the one "
                 "before it"
             )
-
-
-class PartsOfRank(Mapping[str, Tensor]):
-    """This rank's parts of stored tensors by the model's parameter names, each read when asked for.
-
-    Args:
-        model: gives the layout.
-        trained: the parameters.
-        stored: whole tensors by Hugging Face name.
-        prefix: of the stored names.
-    """
-
-    def __init__(
-        self,
-        model: AllMemGPTModel,
-        trained: Mapping[str, nn.Parameter],
-        stored: Mapping[str, Tensor],
-        prefix: str = "",
-    ) -> None:
-        self._model, self._trained = model, trained
-        self._stored, self._prefix = stored, prefix
-
-    def __getitem__(self, name: str) -> Tensor:
-        parameter = self._trained[name]
-        parts = {part: self._stored[self._prefix + part] for part in hf_names(name)}
-        whole = from_hf(parts, self._model.base_config)[name]
-        if whole.shape != full_shape(parameter):
-            raise ValueError(
-                f"{name} has shape {tuple(whole.shape)} in the checkpoint and "
-                f"{tuple(full_shape(parameter))} in the model; use the configuration that it was "
-                "made with"
-            )
-        return shard_of(whole, parameter)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._trained)
-
-    def __len__(self) -> int:
-        return len(self._trained)

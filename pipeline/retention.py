@@ -14,6 +14,9 @@ from typing import Any
 
 from pipeline.atomic import remove, write_json
 from pipeline.checkpoint import complete_checkpoints, latest_checkpoint, load_state
+from pipeline.context import folder_name
+from pipeline.lineage import is_last
+from pipeline.schema import RunConfig
 
 BEST_FILE = "best.json"
 """`metric` and `checkpoints` (`folder`, `loss`), the best first, beside the checkpoints."""
@@ -84,11 +87,17 @@ def best_checkpoint(folder: Path) -> Path:
     )
 
 
-def chosen_checkpoint(folder: Path, which: str) -> Path | None:
-    """The `newest` or the `best` checkpoint; None where there is none at all.
+def chosen_checkpoint(config: RunConfig, run_dir: Path, entry: str) -> Path | None:
+    """The checkpoint of a stage that `evaluate` and `export` take; None where there is none.
+
+    `run.checkpoint=best` counts for stages that no other one starts from: what a later stage was
+    trained on top of is the newest.
 
     Raises:
         ValueError: the best is asked for and none is named.
     """
+    folder = run_dir / folder_name(entry) / "checkpoints"
     newest = latest_checkpoint(folder)
-    return best_checkpoint(folder) if which == "best" and newest is not None else newest
+    if newest is None or config.run.checkpoint == "newest" or not is_last(config, entry):
+        return newest
+    return best_checkpoint(folder)

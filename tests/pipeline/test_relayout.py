@@ -23,6 +23,8 @@ from pipeline.checkpoint import load_checkpoint
 
 SERVER = Path(__file__).with_name("relayout_server.py")
 ROOT = Path(__file__).resolve().parents[2]
+TOLERANCE = 2e-5
+"""Float32 rounding, of other orders of sums, after some steps; ten times less than seen: 4e-6."""
 
 
 @dataclass(frozen=True)
@@ -161,8 +163,8 @@ def test_losses_after_a_change_of_layout_are_those_of_one_rank(
     for whole, changed in lines_of(legs, leg, metrics_of):
         for key in ("tokens", "loss_tokens", "train/lr"):
             assert changed[key] == whole[key]
-        assert changed["train/loss"] == pytest.approx(whole["train/loss"], rel=2e-4)
-        assert changed["train/grad_norm"] == pytest.approx(whole["train/grad_norm"], rel=2e-3)
+        assert changed["train/loss"] == pytest.approx(whole["train/loss"], rel=TOLERANCE)
+        assert changed["train/grad_norm"] == pytest.approx(whole["train/grad_norm"], rel=TOLERANCE)
 
 
 @pytest.mark.parametrize("leg", LEGS, ids=lambda leg: leg.name)
@@ -173,7 +175,7 @@ def test_the_held_out_loss_is_the_same_in_every_layout(
     losses = [(w["eval/loss"], c["eval/loss"]) for w, c in pairs if w["step"] % 2 == 0]
     assert losses
     for whole, changed in losses:
-        assert changed == pytest.approx(whole, rel=2e-4)
+        assert changed == pytest.approx(whole, rel=TOLERANCE)
 
 
 @pytest.mark.parametrize("leg", LEGS, ids=lambda leg: leg.name)
