@@ -319,7 +319,7 @@ class Engine:
             found = safe_get_full_fp32_param(parameter)
         else:
             found = safe_get_full_optimizer_state(parameter, kind)
-        return found.detach().float().cpu()
+        return found.detach().to("cpu", torch.float32, copy=True)
 
     def gradient(self, name: str) -> Tensor:
         """A trained parameter's gradient between the backward passes and the update, unclipped.
@@ -330,7 +330,7 @@ class Engine:
         found = safe_get_full_grad(parameter) if self._zero_stage else parameter.grad
         if found is None:
             raise ValueError(f"{name} has no gradient; call it after the last backward pass")
-        return found.detach().float().cpu()
+        return found.detach().to("cpu", torch.float32, copy=True)
 
     def weights(self) -> dict[str, Tensor]:
         """Float32 trained weights by parameter name (see `tensor`); every rank must call it."""

@@ -88,8 +88,9 @@ class Objective(nn.Module):
 
     def hidden_states(self, batch: MicroBatch) -> Tensor:
         """[B, T, D] final states at this rank's tokens."""
-        options = {} if self.cp_mode is None else {"cp_mode": self.cp_mode}
-        return self.model.hidden_states(batch.tokens, cu_seqlens=batch.cu_seqlens, **options)
+        return self.model.hidden_states(
+            batch.tokens, cu_seqlens=batch.cu_seqlens, cp_mode=self.cp_mode
+        )
 
 
 class NextToken(Objective):
