@@ -229,6 +229,10 @@ def split_entry(entry: str) -> tuple[str, str | None]:
 
 def _check_together(config: RunConfig) -> None:
     """Rules between sections."""
+    if "plan" in config.stages:
+        raise ValueError(
+            "stages holds plan, which is no part of a recipe; remove it and call stage=plan"
+        )
     if config.model.scratch is not None and "pretrain" not in config.stages:
         raise ValueError(
             "model.scratch starts from random weights but the recipe's stages have no pretrain; "

@@ -63,6 +63,8 @@ def _report(error: BaseException, debug: bool) -> int:
 
 
 def _run(config: RunConfig) -> int:
+    if config.stage.name == "plan":
+        return _plan(config)
     import torch
 
     from allmem_megatron.parallel import init_model_parallel
@@ -98,6 +100,37 @@ def _run(config: RunConfig) -> int:
         return EXIT_STOPPED
     except MainRankFailedError:
         return EXIT_USER_ERROR  # rank 0 prints the reason
+    return 0
+
+
+def _plan(config: RunConfig) -> int:
+    """`stage=plan`: one process without a process group; no lock, and done anew at every call."""
+    import torch
+
+    from pipeline.artifacts import clear_artifacts
+    from pipeline.console import Reporter
+    from pipeline.context import StageContext
+    from pipeline.distributed import Ranks
+    from pipeline.metrics_log import MetricsLog
+    from pipeline.stages import plan
+    from pipeline.tracking import track
+
+    run_dir = Path(config.run.dir)
+    device = torch.device("cpu")
+    context = StageContext(
+        entry="plan",
+        branch=config.mixer.branch,
+        run_dir=run_dir,
+        ranks=Ranks(rank=0, local_rank=0, world_size=1, device=device),
+        reporter=Reporter(every_s=config.run.log_every_s),
+        metrics=MetricsLog(run_dir / "plan" / "metrics.jsonl", enabled=True),
+        fingerprint={},
+        commit=commit(),
+    )
+    (run_dir / "plan").mkdir(parents=True, exist_ok=True)
+    clear_artifacts(run_dir, "plan")
+    with track(config, context):
+        plan.run(config, context)
     return 0
 
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from allmem_megatron.config import BaseModelConfig, MemoryConfig
 from data_prep.config import PrepareConfig
 from evals.config import EvalConfig
+from pipeline.planning.settings import PlanSettings
 from pipeline.train_schema import (
     AlignSettings,
     ConvertSettings,
@@ -29,8 +30,10 @@ STAGES: tuple[str, ...] = (
     "sft",
     "evaluate",
     "export",
+    "plan",
 )
-"""Stages that `stage=` knows beside `all`, in the order in which a recipe uses them."""
+"""Stages that `stage=` knows beside `all`, in the order in which a recipe uses them; `plan` is no
+part of a recipe."""
 
 TRAINING_STAGES: tuple[str, ...] = ("pretrain", "align", "convert", "sft")
 """Stages that make checkpoints."""
@@ -304,6 +307,9 @@ class RunConfig:
 
     tracking: TrackingSettings = field(default_factory=TrackingSettings)
     """MLflow."""
+
+    plan: PlanSettings = field(default_factory=PlanSettings)
+    """What `stage=plan` plans for and assumes."""
 
     pretrain: PretrainSettings = field(default_factory=PretrainSettings)
     """Settings of the stage `pretrain`."""
