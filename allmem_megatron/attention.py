@@ -152,25 +152,23 @@ class TokenMixer(MegatronModule):
         return self.linear_proj(flat)[0]
 
     def _align(self, x: Tensor, inputs: MixerInputs, settings: MixerSettings) -> Tensor:
-        """Full attention's output; with gradients on, also records this layer's squares."""
+        """Full attention's output; also records this layer's squares."""
         with torch.no_grad():
             q, k, v = self._qkv(x, inputs)
             full = self._project(self._attend(q, k, v, inputs, _FULL))
-        if torch.is_grad_enabled():
-            with torch.no_grad():
-                window = self._project(self._attend(q, k, v, inputs, _window(settings)))
-                missing = full - window
-            del q, k, v, window
-            arguments = (x.detach(), missing, inputs, settings)
-            if self.recompute:
-                self.align_squares = checkpoint(
-                    self._alignment_squares,
-                    *arguments,
-                    use_reentrant=False,
-                    preserve_rng_state=False,
-                )
-            else:
-                self.align_squares = self._alignment_squares(*arguments)
+            window = self._project(self._attend(q, k, v, inputs, _window(settings)))
+            missing = full - window
+        del q, k, v, window
+        arguments = (x.detach(), missing, inputs, settings)
+        if self.recompute and torch.is_grad_enabled():
+            self.align_squares = checkpoint(
+                self._alignment_squares,
+                *arguments,
+                use_reentrant=False,
+                preserve_rng_state=False,
+            )
+        else:
+            self.align_squares = self._alignment_squares(*arguments)
         return full
 
     def _alignment_squares(

@@ -212,36 +212,37 @@ class AllMemGPTModel(GPTModel):
         """(name, parameter) of the branch, alpha included; nothing for branch "none"."""
         return ((n, p) for n, p in self.named_parameters() if _BRANCH_PREFIX in n)
 
-    def align_losses(self) -> list[Tensor]:
-        """Every layer's loss of the last forward pass in mode "align"; the call clears them.
+    def align_squares(self) -> Tensor:
+        """||missing - branch||^2 and ||missing||^2 of the last forward pass in mode "align".
 
-        ||missing - branch||^2 / ||missing||^2 over all tokens, missing = full - window; 0 if
-        nothing misses. The same numbers on all tensor- and context-parallel ranks, all of which
-        make this call; on several context-parallel ranks the gradient is that of the sum of all
-        ranks' losses, so that each rank's share of the loss is 1 / cp of it.
+        missing = full - window, over all tokens; the call clears them. The same numbers on all
+        tensor- and context-parallel ranks, all of which make this call; on several context-parallel
+        ranks the gradient is that of the sum over all ranks, so that each rank's share of a loss
+        made of them is 1 / cp of it.
+
+        Returns:
+            [L, 2], float32.
 
         Raises:
-            ValueError: no such pass has run with gradients on since the last call.
+            ValueError: no such pass has run since the last call.
         """
         squares = []
         for mixer in self.mixers():
             if mixer.align_squares is None:
-                raise ValueError(
-                    "no alignment losses: run hidden_states in mode 'align' with gradients on first"
-                )
+                raise ValueError("no alignment losses: run hidden_states in mode 'align' first")
             squares.append(mixer.align_squares)
             mixer.align_squares = None
-        total = torch.stack(squares)  # [L, 2]
+        total = torch.stack(squares)
         if self.config.sequence_parallel:  # each rank has seen T / tp tokens
             total = reduce_from_tensor_model_parallel_region(total)
         context, self._align_context = self._align_context, None
         if context is not None:
             total = sum_over_ranks(context.exchange.attach(total), context.exchange.group)
-        left, missing = total.unbind(1)
-        # where no document is longer than the window, the branch has nothing to stand in for
-        something = missing > 0
-        safe = torch.where(something, missing, torch.ones_like(missing))
-        return list(torch.where(something, left / safe, torch.zeros_like(safe)).unbind())
+        return total
+
+    def align_losses(self) -> list[Tensor]:
+        """Every layer's ||missing - branch||^2 / ||missing||^2; see `align_squares`."""
+        return list(relative_errors(*self.align_squares().unbind(1)).unbind())
 
     def memory_statistics(self) -> dict[str, float]:
         """Mean |alpha| over channels per layer; mean eta and mu of the last forward pass.
@@ -263,6 +264,16 @@ class AllMemGPTModel(GPTModel):
                     share = float(mean) / len(branches)
                     statistics[f"{name}/mean"] = statistics.get(f"{name}/mean", 0.0) + share
         return statistics
+
+
+def relative_errors(left: Tensor, missing: Tensor) -> Tensor:
+    """[L]: left / missing, and 0 where nothing is missing.
+
+    Where no document is longer than the window, the branch has nothing to stand in for.
+    """
+    something = missing > 0
+    safe = torch.where(something, missing, torch.ones_like(missing))
+    return torch.where(something, left / safe, torch.zeros_like(safe))
 
 
 def _check_bounds(cu_seqlens: Tensor, batch: int, num_tokens: int) -> None:

@@ -219,7 +219,8 @@ class Engine:
                 "a step has no loss token at all; check the loss masks of the shards or take a "
                 "larger batch_size"
             )
-        sums = self._accumulate(batches, count)
+        with self.objective.step(self._engine, batches, count):
+            sums = self._accumulate(batches, count)
         totals = [value / count for value in self._sum(list(sums.values()))]
         grad_norm = self._update(loss=totals[0])
         return StepResult(

@@ -12,7 +12,8 @@ tokens; over tensor-parallel ranks all have the same tokens and give the same su
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -20,9 +21,12 @@ from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from allmem_megatron.config import MixerSettings
-from allmem_megatron.model import AllMemGPTModel
+from allmem_megatron.model import AllMemGPTModel, relative_errors
 from pipeline.batches import MicroBatch
 from pipeline.losses import LossSums, distillation_loss, next_token_loss
+
+Forward = Callable[[MicroBatch], Any]
+"""An objective's forward."""
 
 
 class OutputLayer(nn.Module):
@@ -86,6 +90,18 @@ class Objective(nn.Module):
         with self.model.mixer(settings):
             yield
 
+    @contextlib.contextmanager
+    def step(self, run: Forward, batches: Sequence[MicroBatch], count: float) -> Iterator[None]:
+        """Surround the passes of an optimizer step.
+
+        Args:
+            run: calls this objective's forward, through the engine.
+            batches: this rank's micro-batches of the step.
+            count: the sum of `loss_count` over all of them and all ranks.
+        """
+        del run, batches, count
+        yield
+
     def hidden_states(self, batch: MicroBatch) -> Tensor:
         """[B, T, D] final states at this rank's tokens."""
         return self.model.hidden_states(
@@ -144,15 +160,55 @@ class Distill(Objective):
 
 
 class Align(Objective):
-    """Each layer's memory learns what its window lacks of full attention, relative to the lack."""
+    """Each layer's memory learns what its window lacks of full attention, relative to the lack.
+
+    The lack is that of all tokens of a step: so the loss does not depend on how a step's sequences
+    are split over ranks and passes. With several passes it takes another one of each without the
+    memory, before them, to know it.
+    """
+
+    _step: tuple[float, Tensor | None] | None = None
+    """Tokens of the step, and the lack of each layer; None for it where one pass is the step."""
+    _lacks: list[Tensor] | None = None
+    """The lack of each pass, while it is measured."""
 
     def loss_count(self, batch: MicroBatch) -> int:
         """All tokens: the layers' errors are means over positions."""
         return batch.tokens.numel()
 
+    @contextlib.contextmanager
+    def step(self, run: Forward, batches: Sequence[MicroBatch], count: float) -> Iterator[None]:
+        """Measure what the windows lack in the whole step first."""
+        lack = None
+        if len(batches) > 1:
+            self._lacks = []
+            settings = dataclasses.replace(self.model.settings, memory_off=True)
+            with torch.no_grad(), self.model.mixer(settings):
+                for batch in batches:
+                    run(batch)
+            lack, self._lacks = self._over_dp(torch.stack(self._lacks).sum(0)), None
+        self._step = (count, lack)
+        try:
+            yield
+        finally:
+            self._step = None
+
     def forward(self, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean over layers of the relative error, times the number of tokens."""
         self.hidden_states(batch)
-        losses = self.model.align_losses()
-        total = torch.stack(losses).mean() * batch.tokens.numel()
-        return total, {}
+        left, missing = self.model.align_squares().unbind(1)
+        num_tokens: float = batch.tokens.numel()
+        if self._lacks is not None:
+            self._lacks.append(missing)
+        elif self._step is not None:
+            count, lack = self._step
+            missing = self._over_dp(missing.detach()) if lack is None else lack
+            # `left` is that of a data-parallel group; its context-parallel ranks share it
+            num_tokens = count / parallel_state.get_context_parallel_world_size()
+        return relative_errors(left, missing).mean() * num_tokens, {}
+
+    @staticmethod
+    def _over_dp(values: Tensor) -> Tensor:
+        values = values.clone()
+        torch.distributed.all_reduce(values, group=parallel_state.get_data_parallel_group())
+        return values

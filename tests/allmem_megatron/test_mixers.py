@@ -176,8 +176,7 @@ def test_align_mode_trains_each_branch_towards_what_the_window_misses(hf_model, 
     tokens = torch.randint(0, 96, (4, 40))
     full = run(model, tokens, settings("full"))
     assert torch.equal(run(model, tokens, settings("align")), full)
-    with pytest.raises(ValueError, match="no alignment losses"):
-        model.align_losses()  # the pass above had no gradients
+    assert not any(loss.requires_grad for loss in model.align_losses())  # `run` has gradients off
     optimizer = torch.optim.Adam([p for _, p in model.memory_parameters()], lr=2e-2)
     history = []
     for _ in range(30):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -53,6 +54,10 @@ class Regression(nn.Module):
             for parameter in self.parameters():
                 parameter.copy_(torch.randn(parameter.shape, generator=generator))
         self.frozen.requires_grad_(False)
+
+    @contextlib.contextmanager
+    def step(self, *_: Any) -> Iterator[None]:
+        yield
 
     def loss_count(self, batch: MicroBatch) -> int:
         return int(batch.targets.sum())
