@@ -12,11 +12,13 @@ import os
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
+
+from pipeline.survival import MainRankFailedError, StopRequested
 
 Result = TypeVar("Result")
 
@@ -174,16 +176,12 @@ def sum_over_ranks(
     return [float(value) for value in total.tolist()]
 
 
-class MainRankFailedError(RuntimeError):
-    """Rank 0 failed at something that the others wait for; it has told the user why."""
-
-
 def on_some(ranks: Ranks, chosen: bool, action: Callable[[], Result]) -> Result | None:
     """Do something on chosen ranks, which may communicate among themselves; None on the others.
 
     Raises:
         Exception: on a chosen rank what its action raised; on the others, if one failed, a
-            MainRankFailedError with its text.
+            MainRankFailedError with its text, or StopRequested if it was asked to stop.
     """
     result: Result | None = None
     failure: Exception | None = None
@@ -192,16 +190,22 @@ def on_some(ranks: Ranks, chosen: bool, action: Callable[[], Result]) -> Result 
             result = action()
         except Exception as error:  # noqa: BLE001 - re-raised below, after the others know
             failure = error
-    texts: list[str | None] = [None] * ranks.world_size
+    failures: list[Exception | None] = [None] * ranks.world_size
     if ranks.world_size > 1:
-        own = None if failure is None else f"{type(failure).__name__}: {failure}"
-        dist.all_gather_object(texts, own)
+        dist.all_gather_object(failures, _told(ranks, failure))
     if failure is not None:
         raise failure
-    for rank, text in enumerate(texts):
-        if text is not None:
-            raise MainRankFailedError(f"rank {rank} failed: {text}")
+    for told in failures:
+        if told is not None:
+            raise told
     return result
+
+
+def _told(ranks: Ranks, failure: Exception | None) -> Exception | None:
+    """What the other ranks raise when one failed."""
+    if failure is None or isinstance(failure, StopRequested):
+        return failure
+    return MainRankFailedError(f"rank {ranks.rank} failed: {type(failure).__name__}: {failure}")
 
 
 def on_main(ranks: Ranks, action: Callable[[], Result]) -> Result:
@@ -209,21 +213,22 @@ def on_main(ranks: Ranks, action: Callable[[], Result]) -> Result:
 
     Raises:
         Exception: on rank 0 what the action raised; elsewhere a MainRankFailedError with its text,
-            so that no rank waits for ever for a rank 0 that failed.
+            so that no rank waits for ever for a rank 0 that failed. StopRequested on all ranks.
     """
     if ranks.world_size == 1:
         return action()
-    outcome: list[object] = [None, None]
+    outcome: list[Any] = [None, None]
     failure: Exception | None = None
     if ranks.is_main:
         try:
             outcome[0] = action()
         except Exception as error:  # noqa: BLE001 - re-raised below, after the others know
             failure = error
-            outcome[1] = f"{type(error).__name__}: {error}"
+            outcome[1] = _told(ranks, error)
     dist.broadcast_object_list(outcome, src=0)
     if failure is not None:
         raise failure
     if outcome[1] is not None:
-        raise MainRankFailedError(f"rank 0 failed: {outcome[1]}")
-    return outcome[0]  # type: ignore[return-value]
+        raise outcome[1]
+    result: Result = outcome[0]
+    return result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from io import FileIO
 from pathlib import Path
@@ -49,12 +50,15 @@ class MetricsLog:
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Append one line, and hand it to the operating system at once.
 
+        Numbers that are not finite, which JSON does not know, become null.
+
         Raises:
             OSError: the disk is full.
         """
         if not self._enabled:
             return
-        line = (json.dumps({"step": step, **values}) + "\n").encode()
+        known = {key: None if _is_unknown(value) else value for key, value in values.items()}
+        line = (json.dumps({"step": step, **known}, allow_nan=False) + "\n").encode()
         try:
             if self._file is None:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -69,6 +73,10 @@ class MetricsLog:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+def _is_unknown(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def _write(path: Path, text: str) -> None:

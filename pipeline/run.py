@@ -11,7 +11,6 @@ import contextlib
 import fcntl
 import importlib
 import json
-import os
 import subprocess
 import sys
 import time
@@ -23,16 +22,25 @@ from typing import Any
 from pipeline.config import PROJECT_ROOT, compose, split_entry, to_plain
 from pipeline.help import help_text
 from pipeline.schema import RunConfig
-
-EXIT_USER_ERROR = 2
-"""Something that the user can mend."""
-EXIT_STOPPED = 143
-"""Asked to stop; the state is on disk."""
+from pipeline.survival import (
+    EXIT_REQUEUE,
+    EXIT_USER_ERROR,
+    MainRankFailedError,
+    RankLostError,
+    StopRequested,
+    exit_code,
+    hearing_signals,
+    this_rank,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit code."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    """Run the command line; the exit code (`pipeline.survival` has them all)."""
+    with hearing_signals():
+        return _main(list(sys.argv[1:] if arguments is None else arguments))
+
+
+def _main(words: list[str]) -> int:
     debug = any(word.replace(" ", "").lower() == "run.debug=true" for word in words)
     try:
         if not words or words[0] in ("-h", "--help", "help"):
@@ -46,18 +54,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _run(config)
     except (ValueError, OSError, ArithmeticError) as error:
         return _report(error, debug)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130
+        return exit_code(error)
 
 
 def _report(error: BaseException, debug: bool) -> int:
     if debug:
         traceback.print_exception(error)
+    elif getattr(error, "told_by_rank_0", False):
+        return EXIT_USER_ERROR
     line = " ".join(str(error).split()) or type(error).__name__
     hint = "" if debug else " (run.debug=true shows where)"
-    rank = os.environ.get("RANK", "0")
-    where = "" if rank == "0" else f" on rank {rank}"
+    rank = this_rank()
+    where = f" on rank {rank}" if rank else ""
     print(f"error{where}: {line}{hint}", file=sys.stderr)
     return EXIT_USER_ERROR
 
@@ -68,38 +78,37 @@ def _run(config: RunConfig) -> int:
     import torch
 
     from allmem_megatron.parallel import init_model_parallel
-    from pipeline.distributed import (
-        MainRankFailedError,
-        init_distributed,
-        seed_everything,
-    )
+    from pipeline.crew import crew_of
+    from pipeline.distributed import init_distributed, seed_everything
     from pipeline.layout import check_layout
     from pipeline.models import base_config
     from pipeline.summary import print_summary
-    from pipeline.train_loop import StopRequested
 
     if config.parallel.num_threads:
         torch.set_num_threads(config.parallel.num_threads)
     parallel = config.parallel
     ranks = init_distributed(device=parallel.device, timeout_s=parallel.timeout_s)
     try:
-        ranks = ranks.with_layout(tp=parallel.tp, cp=parallel.cp)
-        check_layout(config, base_config(config), ranks)
-        init_model_parallel(parallel.tp, parallel.cp)
-        seed_everything(config.run.seed)
-        run_dir = Path(config.run.dir)
-        with _only_user(run_dir) if ranks.is_main else contextlib.nullcontext():
-            wanted = config.stage.name
-            for entry in config.stages if wanted == "all" else (wanted,):
-                _run_stage(config, entry, run_dir, ranks)
-            if ranks.is_main and wanted in ("all", "evaluate"):
-                print_summary(config, run_dir)
-    except StopRequested as stop:
+        with crew_of(parallel, ranks) as crew:
+            ranks = ranks.with_layout(tp=parallel.tp, cp=parallel.cp)
+            check_layout(config, base_config(config), ranks)
+            init_model_parallel(parallel.tp, parallel.cp)
+            seed_everything(config.run.seed)
+            run_dir = Path(config.run.dir)
+            with _only_user(run_dir) if ranks.is_main else contextlib.nullcontext():
+                wanted = config.stage.name
+                for entry in config.stages if wanted == "all" else (wanted,):
+                    _run_stage(config, entry, run_dir, ranks, crew)
+                if ranks.is_main and wanted in ("all", "evaluate"):
+                    print_summary(config, run_dir)
+    except StopRequested as request:
         if ranks.is_main:
-            print(stop, file=sys.stderr)
-        return EXIT_STOPPED
-    except MainRankFailedError:
-        return EXIT_USER_ERROR  # rank 0 prints the reason
+            print(request, file=sys.stderr)
+        return EXIT_REQUEUE
+    except RankLostError as error:
+        return error.code  # told
+    except MainRankFailedError as error:
+        return exit_code(error)  # rank 0 prints the reason
     return 0
 
 
@@ -160,17 +169,19 @@ def _only_user(run_dir: Path) -> Iterator[None]:
         yield
 
 
-def _run_stage(config: RunConfig, entry: str, run_dir: Path, ranks: Any) -> None:
+def _run_stage(config: RunConfig, entry: str, run_dir: Path, ranks: Any, crew: Any) -> None:
     from pipeline.artifacts import clear_artifacts
     from pipeline.atomic import remove_unfinished, write_json
     from pipeline.console import Reporter
     from pipeline.context import DONE_FILE, StageContext, folder_name
+    from pipeline.crew import announcing
     from pipeline.distributed import on_main
     from pipeline.done import is_done, mark_done, start
     from pipeline.fingerprint import fingerprint
     from pipeline.lineage import branch_of
     from pipeline.metrics_log import MetricsLog
     from pipeline.models import choose_dtype
+    from pipeline.survival import stop_if_asked
     from pipeline.tracking import track
     from pipeline.wording import duration
 
@@ -188,6 +199,7 @@ def _run_stage(config: RunConfig, entry: str, run_dir: Path, ranks: Any) -> None
         fingerprint=fingerprint(config, entry, dtype=dtype, device=ranks.device),
         commit=commit(),
     )
+    stop_if_asked(ranks, f"stopped before {entry}")
     if on_main(ranks, lambda: is_done(config, context)):
         context.say(f"{entry}: already complete ({folder / DONE_FILE})")
         with track(config, context, resume_only=True):
@@ -201,7 +213,7 @@ def _run_stage(config: RunConfig, entry: str, run_dir: Path, ranks: Any) -> None
     context.artifact(settings, folder="config")
     module = importlib.import_module(f"pipeline.stages.{name}")
     started = time.time()
-    with track(config, context):
+    with track(config, context), announcing(crew):
         module.run(config, context)
         context.metrics.close()
     seconds = time.time() - started

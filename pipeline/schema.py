@@ -66,6 +66,27 @@ class RunSettings:
     log_every_s: float = 10.0
     """Seconds between progress lines where the output is not a terminal."""
 
+    max_skipped_steps: int = 10
+    """Steps in a row whose loss or gradient was not finite, after which training stops."""
+
+    spike_factor: float = 10.0
+    """A loss is a spike, and its documents go to STAGE/spikes.jsonl, when it lies above the median
+    of the last `spike_window` steps by this many of their standard deviations (estimated by the
+    median deviation, at least 2 % of the median). 0: never."""
+
+    spike_window: int = 100
+    """Steps that a loss is compared with; nothing is a spike before a fifth of them are done."""
+
+    def __post_init__(self) -> None:
+        """Check the numbers.
+
+        Raises:
+            ValueError: a value is out of range.
+        """
+        at_least("run", {"max_skipped_steps": self.max_skipped_steps}, 1)
+        at_least("run", {"spike_factor": self.spike_factor}, 0)
+        at_least("run", {"spike_window": self.spike_window}, 5)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings:
@@ -170,6 +191,14 @@ class ParallelSettings:
     timeout_s: int = 1800
     """Seconds after which a rank that waits for the others gives up."""
 
+    heartbeat_timeout_s: float = 60.0
+    """Seconds without an answer from a machine after which its ranks count as dead and the others
+    leave; a process that dies is noticed at once. 0: nobody watches over the others."""
+
+    hang_warning_s: float = 300.0
+    """Seconds of training without progress after which a table says what every rank does and who is
+    waited for. 0: never."""
+
     def __post_init__(self) -> None:
         """Check the ZeRO stage, the counts, and that sequence parallelism has ranks to split over.
 
@@ -189,6 +218,9 @@ class ParallelSettings:
             )
         at_least("parallel", {"num_threads": self.num_threads}, 0)
         at_least("parallel", {"timeout_s": self.timeout_s}, 1)
+        at_least("parallel", {"hang_warning_s": self.hang_warning_s}, 0)
+        if self.heartbeat_timeout_s != 0:
+            at_least("parallel", {"heartbeat_timeout_s": self.heartbeat_timeout_s}, 5)
 
     @property
     def context_mode(self) -> Literal["wavefront", "a2a"] | None:

@@ -51,6 +51,30 @@ class StopRequested(Exception):
     """The process was asked to end; what was done is on disk."""
 
 
+class MainRankFailedError(RuntimeError):
+    """Another rank failed at something that all wait for; it has told the user why."""
+
+
+class RankLostError(RuntimeError):
+    """Another rank is gone, and the user has been told; `code` is the exit code."""
+
+    def __init__(self, text: str, code: int) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+def exit_code(error: BaseException) -> int:
+    """The exit code of a process that ends by an error."""
+    if isinstance(error, StopRequested):
+        return EXIT_REQUEUE
+    if isinstance(error, RankLostError):
+        return error.code
+    if isinstance(error, KeyboardInterrupt):
+        return EXIT_INTERRUPTED
+    mendable = (ValueError, OSError, ArithmeticError, MainRankFailedError)
+    return EXIT_USER_ERROR if isinstance(error, mendable) else 1
+
+
 def this_rank() -> int:
     """This process's rank by the launcher's environment, also before the ranks have met."""
     rank = os.environ.get("RANK")
@@ -98,6 +122,8 @@ class Stop:
         """`SIGTERM`, or `SIGTERM on rank 3`; None as long as nobody asked."""
         self.tell: Callable[[str], None] | None = None
         """Passes a request on to the other ranks (`pipeline.crew`)."""
+        self.rescue: Callable[[], None] | None = None
+        """Brings to the disk what can be, before a process that lost another rank ends."""
         self._told = False
         self._since = 0.0
         self._interrupts = False

@@ -33,6 +33,7 @@ from pipeline.config import flatten, to_plain
 from pipeline.context import StageContext, folder_name
 from pipeline.metrics_log import read_lines
 from pipeline.schema import RunConfig, TrackingSettings
+from pipeline.survival import StopRequested
 
 LOGGED_STEP = "logged_step"
 """Metric that says up to which step a run is shipped."""
@@ -88,7 +89,7 @@ def track(config: RunConfig, context: StageContext, *, resume_only: bool = False
     try:
         yield
         status = "FINISHED"
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, StopRequested):
         status = "KILLED"
         raise
     finally:

@@ -6,12 +6,9 @@ a checkpoint holds the last four, so a killed run goes on as if nothing had happ
 
 from __future__ import annotations
 
-import contextlib
-import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any
 
 from torch import nn
@@ -21,7 +18,7 @@ from data_prep.loader import Batch, ShardLoader
 from pipeline.batches import MicroBatch, split_batch, split_over_ranks
 from pipeline.console import Advance
 from pipeline.context import StageContext
-from pipeline.distributed import on_main, seed_everything, sum_over_ranks
+from pipeline.distributed import on_main, seed_everything
 from pipeline.engine import Engine
 from pipeline.flops import step_flops
 from pipeline.held_out_loss import HeldOutLoss
@@ -31,14 +28,13 @@ from pipeline.retention import HELD_OUT, TRAINING, Retention
 from pipeline.saving import Saver
 from pipeline.schedule import phase_seed, step_seed, wsd_lr
 from pipeline.schema import RunConfig
+from pipeline.spikes import StepRecord
+from pipeline.survival import StopRequested, stop, stop_if_asked
 from pipeline.train_schema import TrainSettings
+from pipeline.watchdog import note_step, watching
 
 MEMORY_STATISTICS_EVERY = 20
 """Lines of `metrics.jsonl` between those with the memory's statistics."""
-
-
-class StopRequested(Exception):
-    """The process was asked to end; a checkpoint was written first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +58,7 @@ def train(config: RunConfig, context: StageContext, plan: Plan) -> None:
         ValueError: the batch does not split over the ranks, or the checkpoint is of another
             configuration.
         StopRequested: SIGTERM or SIGUSR1 came; the state is on disk.
+        FloatingPointError: too many steps in a row were not finite.
     """
     _Trainer(config, context, plan).run()
 
@@ -105,7 +102,8 @@ class _Trainer:
             mode = plan.mixer_of_step(0).mode
             self.held_out = HeldOutLoss(context, settings, config.mixer, mode)
         self.step = self.tokens = self.loss_tokens = 0
-        self.stop = False
+        self.record = StepRecord(context, config.run)
+        self.put_off = False
 
     def _enter_phase(self, number: int) -> None:
         """Load what phase `number` trains on, from its first sample on."""
@@ -134,28 +132,36 @@ class _Trainer:
         on_main(self.context.ranks, lambda: self.context.metrics.truncate_after(self.step))
         title = f"{self.context.entry}:"
         with (
-            _on_signal(self._request_stop),
+            watching(enabled=self.context.ranks.world_size > 1),
             self.context.reporter.progress(title, self.settings.steps) as advance,
         ):
+            stop.rescue = self.saver.salvage
             try:
+                stop_if_asked(self.context.ranks, f"{self.context.entry} stopped")
                 self._loop(advance)
                 self.saver.wait()
+                after = f"{self.context.entry} stopped after step {self.step}"
+                stop_if_asked(self.context.ranks, after)  # the next stages are not to begin
             except BaseException:
                 self.saver.salvage()
                 raise
             finally:
+                stop.rescue = None
                 self.engine.close()
                 self.context.metrics.close()
+                self.record.close()
 
     def _resume(self) -> None:
         saved = self.saver.resume()
         if saved is None:
+            self.record.start(None, 0)
             return
         self.step = saved.step
         self.tokens = int(saved.state["tokens"])
         self.loss_tokens = int(saved.state["loss_tokens"])
         self._enter_phase(int(saved.state["phase"]))
         self.loader.load_state_dict(saved.state["loader"])
+        self.record.start(saved.state.get("record"), self.step)
         name = saved.path.name
         self.context.say(f"{self.context.entry}: going on after step {self.step} ({name})")
 
@@ -167,25 +173,30 @@ class _Trainer:
                 self._enter_phase(phase)
             lr = wsd_lr(self.step, self.settings)
             seed_everything(step_seed(self.config.run.seed, self.step, self.context.ranks.dp_rank))
-            micro_batches = self._micro_batches(next(self.loader))
+            note_step(self.step + 1)
+            batch = next(self.loader)
+            micro_batches = self._micro_batches(batch)
             mixer = self.plan.mixer_of_step(self.step)
             with self.plan.objective.active(mixer):
                 result = self.engine.train_step(micro_batches, lr=lr)
-            if result.skipped:
-                raise FloatingPointError(
-                    f"the loss is {result.loss} and the gradient norm {result.grad_norm}; lower "
-                    "the stage's lr or mixer.memory.eta_init, or set mixer.memory.clip=1, and give "
-                    "it another run.dir or delete the stage's folder: checkpoints go on with their "
-                    "own settings only"
-                )
             num_tokens = sum(b.tokens.numel() for b in micro_batches) * self._replicas
             self.step += 1
             self.tokens += num_tokens
             self.loss_tokens += result.loss_tokens
-            self.saver.note_loss(result.loss, result.loss_tokens)
+            wrong, stopping = self.record.take(
+                self.step,
+                phase=self.phase,
+                loss=result.loss,
+                grad_norm=result.grad_norm,
+                skipped=result.skipped,
+                documents=batch.meta,
+                stop=stop.requested,
+            )
+            if not result.skipped:
+                self.saver.note_loss(result.loss, result.loss_tokens)
             flops += self._flops(mixer, num_tokens, result.loss_tokens)
             values: dict[str, Any] = {}
-            if self.step % log_every == 0 or self.step == steps:
+            if self.step % log_every == 0 or self.step == steps or wrong:
                 now = time.perf_counter()
                 values = {
                     "tokens": self.tokens,
@@ -195,6 +206,7 @@ class _Trainer:
                     "train/lr": lr,
                     "tokens_per_s": (self.tokens - last_tokens) / (now - last_time),
                     "flops_per_s": flops / (now - last_time),
+                    **self.record.metrics(),
                     **result.metrics,
                 }
                 if lines % MEMORY_STATISTICS_EVERY == 0 or self.step == steps:
@@ -207,22 +219,27 @@ class _Trainer:
             before = time.perf_counter()
             if values := values | self._held_out_loss():
                 self.context.log(self.step, values)
-            stop = self._must_stop()
             self.saver.poll()
-            if self._saves or stop:
+            if self._saves or stopping:
                 self.saver.save(self.step, self._state())
-                if stop:
+                if stopping:
                     self.saver.wait()
+            self.put_off = self._due and not self._saves
             last_time += time.perf_counter() - before
-            if stop:  # in the last step too: the stages after this one are not to begin
+            if stopping:
                 raise StopRequested(
                     f"{self.context.entry} stopped after step {self.step}; the same command goes on"
                 )
 
     @property
+    def _due(self) -> bool:
+        """Whether it is time for a checkpoint."""
+        return self.step % self.settings.checkpoint_every == 0 or self.put_off
+
+    @property
     def _saves(self) -> bool:
-        """Whether a checkpoint is due after this step."""
-        return self.step % self.settings.checkpoint_every == 0 or self.step == self.settings.steps
+        """Whether a checkpoint is written after this step: not while steps are being skipped."""
+        return self.step == self.settings.steps or (self._due and not self.record.in_a_row)
 
     def _held_out_loss(self) -> dict[str, float]:
         """`eval/loss` where it is due: every `eval_every` steps, and to judge a checkpoint by."""
@@ -273,28 +290,8 @@ class _Trainer:
             "tokens": self.tokens,
             "loss_tokens": self.loss_tokens,
             "phase": self.phase,
+            "record": self.record.state_dict(),
             "loader": self.loader.state_dict(),
             "config": dict(self.context.fingerprint),
             "commit": self.context.commit,
         }
-
-    def _request_stop(self, number: int, frame: FrameType | None) -> None:
-        del number, frame
-        self.stop = True
-
-    def _must_stop(self) -> bool:
-        if self.context.ranks.world_size == 1:
-            return self.stop
-        return sum_over_ranks([float(self.stop)], self.context.device)[0] > 0
-
-
-@contextlib.contextmanager
-def _on_signal(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Call a handler on SIGTERM and SIGUSR1 while the block runs."""
-    numbers = (signal.SIGTERM, signal.SIGUSR1)
-    before = [signal.signal(number, handler) for number in numbers]
-    try:
-        yield
-    finally:
-        for number, old in zip(numbers, before, strict=True):
-            signal.signal(number, old)

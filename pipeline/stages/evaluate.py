@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 
 from allmem_megatron.model import AllMemGPTModel
 from evals.bins import bin_edges
 from evals.documents import EvalDocument, batches_of
 from evals.records import DocumentRecord, Metrics, gap_closed, summarise
 from pipeline.context import StageContext
-from pipeline.distributed import Ranks, on_main
+from pipeline.distributed import Ranks, on_main, sum_over_ranks
 from pipeline.evaluation import (
     BRANCH_OF,
     Measured,
@@ -44,6 +45,7 @@ from pipeline.models import base_config, choose_dtype, load_model
 from pipeline.report import write_report
 from pipeline.schema import RunConfig
 from pipeline.scoring import prefill, prefill_speeds, score_batch
+from pipeline.survival import stop, stop_if_asked
 from pipeline.wording import count
 
 
@@ -201,6 +203,7 @@ class _Evaluation:
         return self.models[branch]
 
     def _measure(self, subject: Subject) -> Measured:
+        stop_if_asked(self.context.ranks, f"{self.context.entry} stopped before {subject.name}")
         key = self._key(subject)
         stored = on_main(self.context.ranks, lambda: self._kept(subject.name, key))
         if stored is not None:
@@ -221,6 +224,8 @@ class _Evaluation:
         title = f"{self.context.entry} {subject.name}:"
         with self.context.reporter.progress(title, len(mine)) as advance:
             for done, batch in enumerate(mine, start=1):
+                if self._stops():
+                    break
                 records += score_batch(
                     model,
                     batch,
@@ -231,9 +236,17 @@ class _Evaluation:
                     device=self.context.device,
                 )
                 advance(done)
+        stop_if_asked(ranks, f"{self.context.entry} stopped at {subject.name}")
         has_memory = BRANCH_OF[subject.mixer] != "none" and not subject.is_control
         statistics = model.memory_statistics() if has_memory else {}
         return Measured(records=_gathered(records, ranks), memory=statistics)
+
+    def _stops(self) -> bool:
+        """Whether to stop before the next batch: tensor-parallel ranks, which share it, agree."""
+        if self.context.ranks.tp == 1:
+            return stop.requested
+        group = parallel_state.get_tensor_model_parallel_group()
+        return sum_over_ranks([float(stop.requested)], self.context.device, group)[0] > 0
 
     def _batches_for(self, subject: Subject) -> list[list[EvalDocument]]:
         """All batches; for the shuffled state those with another document to take it from."""

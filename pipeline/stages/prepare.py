@@ -10,6 +10,7 @@ from pipeline.context import StageContext
 from pipeline.distributed import on_main
 from pipeline.models import check_base
 from pipeline.schema import RunConfig
+from pipeline.survival import stop
 from pipeline.tokenizer import open_tokenizer
 from pipeline.wording import count
 
@@ -21,6 +22,7 @@ def run(config: RunConfig, context: StageContext) -> None:
         ValueError: no base model, one that does not fit the configuration, no tokenizer, an
             unreadable source, too few samples, or shards of another configuration in the folder.
         OSError: the disk is full; finished shards are kept.
+        StopRequested: the run was asked to stop; finished shards are kept.
     """
     on_main(context.ranks, lambda: _prepare(config, context))
 
@@ -29,7 +31,7 @@ def _prepare(config: RunConfig, context: StageContext) -> None:
     started = time.perf_counter()
     check_base(config)
     tokenizer = open_tokenizer(config)
-    with context.reporter.progress(f"{context.entry}:", None) as advance:
+    with context.reporter.progress(f"{context.entry}:", None) as advance, stop.interrupting():
         manifest = prepare_shards(
             config.data,
             context.data_dir,

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from pipeline.context import StageContext
-from pipeline.run import EXIT_STOPPED, main
+from pipeline.run import main
+from pipeline.survival import EXIT_REQUEUE
 
 
 def test_a_signal_in_the_last_step_ends_the_run_and_loses_nothing(
@@ -28,7 +29,7 @@ def test_a_signal_in_the_last_step_ends_the_run_and_loses_nothing(
 
     with monkeypatch.context() as patched:
         patched.setattr(StageContext, "log", log_and_stop)
-        assert main(words) == EXIT_STOPPED
+        assert main(words) == EXIT_REQUEUE
     assert (tmp_path / "pretrain" / "checkpoints" / "step_00000003").is_dir()
     assert not (tmp_path / "pretrain" / "DONE.json").exists()
     assert not (tmp_path / "convert").exists()
