@@ -49,7 +49,7 @@ from pipeline.engine import MOMENTS, Engine
 from pipeline.restoring import restore
 from pipeline.retention import HELD_OUT, Retention, prune
 
-SALVAGE_S = 10.0
+SALVAGE_S = 5.0
 """Seconds that rank 0, after an error, waits for the other ranks' files."""
 
 
@@ -121,6 +121,7 @@ class Saver:
         self._trained = dict(trained)
         self._retention, self._asynchronous = retention, asynchronous
         self._flight: _Flight | None = None
+        self._lock = threading.Lock()
         self._losses: list[tuple[float, int]] = []
         self._held_out: tuple[int, float] | None = None
         self._token = on_main(self._ranks, self._start)
@@ -306,7 +307,8 @@ class Saver:
 
         Files that are there are whole, so rank 0 needs only to see those of all ranks.
         """
-        flight, self._flight = self._flight, None
+        with self._lock:  # a thread that ends the process may ask at the same time
+            flight, self._flight = self._flight, None
         if flight is None:
             return
         flight.job.join()
