@@ -1,11 +1,15 @@
 """Packing: pieces of documents into samples of exactly seq_length tokens.
 
-Policy. A document longer than seq_length is cut from its begin into windows of seq_length tokens,
-one after the other without overlap; each window is a document of its own for attention and memory.
-What remains at the end, and shorter documents, are pieces. With `best_fit` the pieces share samples
-(longest first, each into the fullest sample that still holds it), divided by `cu_seqlens`, and
-the tail of a sample is padding, a segment of its own without loss. With `none` pieces are dropped
-and counted. No token is lost or doubled otherwise.
+Policy. Text beyond its length (seq_length, or one drawn from `lengths`) is cut from its begin into
+windows of that length, one after the other without overlap; each window is a document of its own
+for attention and memory (`long_documents` may keep the first window alone, or nothing). What
+remains at the end, and shorter documents, are pieces; they are never cut to fill a sample. With
+`best_fit` the pieces share samples (longest first, each into the fullest sample that still holds
+it, in bounded windows of the corpus), divided by `cu_seqlens`, and the tail of a sample is padding,
+a segment of its own without loss. With `none` pieces are dropped and counted. No token is lost or
+doubled otherwise.
+
+Shape letters: `N` documents, `M` pieces.
 """
 
 from __future__ import annotations
@@ -17,7 +21,130 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data_prep.config import PrepareConfig, SourceConfig
 from data_prep.sample import Sample
+
+WINDOW_PIECES = 1 << 17
+"""Pieces that are packed together: memory does not grow with the corpus."""
+
+
+@dataclass
+class CutCounts:
+    """What cutting left out."""
+
+    tails: int = 0
+    tail_tokens: int = 0
+    truncated: int = 0
+    truncated_tokens: int = 0
+    long: int = 0
+    """Documents dropped because they are longer than a sample."""
+    long_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Tokens `start:start + length` of document `document`, in the documents' order."""
+
+    document: NDArray[np.int64]
+    """[M]."""
+    start: NDArray[np.int64]
+    length: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.document)
+
+    def __getitem__(self, which: Any) -> Pieces:
+        return Pieces(self.document[which], self.start[which], self.length[which])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cutting:
+    """How documents of a source become pieces."""
+
+    seq_length: int
+    packing: str
+    chat: bool = False
+    """Conversations fit already and are never cut; with `none` each is a sample, padded."""
+    long_documents: str = "split"
+    min_tail: int = 1
+    lengths: tuple[int, ...] = ()
+    shares: tuple[float, ...] = ()
+
+    @classmethod
+    def of(cls, config: PrepareConfig, source: SourceConfig) -> Cutting:
+        """As a source has it."""
+        order = sorted(source.lengths, key=int)
+        return cls(
+            seq_length=config.seq_length,
+            packing=config.packing,
+            chat=source.sample_kind == "chat",
+            long_documents=source.long_documents,
+            min_tail=source.min_tail,
+            lengths=tuple(int(length) for length in order),
+            shares=tuple(source.lengths[length] for length in order),
+        )
+
+    @property
+    def sure_per_sample(self) -> int:
+        """What a sample counts in `sure`."""
+        return self.seq_length if self.packing == "best_fit" else 1
+
+    def limits(self, hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
+        """[N] longest document, drawn by the texts' hashes [N, 2] where there are `lengths`."""
+        if not self.lengths:
+            return np.full(len(hashes), self.seq_length, dtype=np.int64)
+        borders = np.cumsum(self.shares) / np.sum(self.shares)
+        drawn = (hashes[:, 1] >> np.uint64(11)).astype(np.float64) / 2**53
+        which = np.minimum(np.searchsorted(borders, drawn, side="right"), len(borders) - 1)
+        return np.asarray(self.lengths, dtype=np.int64)[which]
+
+    def cut(
+        self,
+        lengths: NDArray[Any],
+        hashes: NDArray[np.uint64],
+        counts: CutCounts | None = None,
+    ) -> Pieces:
+        """The pieces of documents.
+
+        Args:
+            lengths: [N] tokens.
+            hashes: [N, 2] of their texts.
+            counts: what is left out is added to it.
+        """
+        counts = CutCounts() if counts is None else counts
+        lengths = lengths.astype(np.int64)
+        everything = np.arange(len(lengths))
+        if self.chat:
+            return Pieces(everything, np.zeros_like(lengths), lengths)
+        limits = self.limits(hashes)
+        beyond = lengths > limits
+        if self.long_documents == "drop":
+            counts.long += int(beyond.sum())
+            counts.long_tokens += int(lengths[beyond].sum())
+            lengths = np.where(beyond, 0, lengths)
+        elif self.long_documents == "truncate":
+            counts.truncated += int(beyond.sum())
+            counts.truncated_tokens += int((lengths - limits)[beyond].sum())
+            lengths = np.minimum(lengths, limits)
+        num_pieces = -(-lengths // limits)
+        document = np.repeat(everything, num_pieces)
+        first = np.cumsum(num_pieces) - num_pieces
+        start = (np.arange(len(document)) - first[document]) * limits[document]
+        pieces = Pieces(document, start, np.minimum(limits[document], lengths[document] - start))
+        tail = pieces.length < (self.seq_length if self.packing == "none" else 1)
+        if self.min_tail > 1:
+            tail |= (start > 0) & (pieces.length < self.min_tail)
+        counts.tails += int(tail.sum())
+        counts.tail_tokens += int(pieces.length[tail].sum())
+        return pieces[~tail] if tail.any() else pieces
+
+    def sure(self, lengths: NDArray[Any], hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
+        """[N] samples that each document adds at least; tokens with `best_fit`, as no sample holds
+        more than seq_length."""
+        pieces = self.cut(lengths, hashes)
+        weights = pieces.length if self.packing == "best_fit" else None
+        found = np.bincount(pieces.document, weights=weights, minlength=len(lengths))
+        return found.astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -43,37 +170,43 @@ class PackResult:
     num_dropped_tokens: int = 0
 
 
-def split_windows(document: int, length: int, seq_length: int) -> list[Piece]:
-    """Cuts a document of `length` tokens into consecutive pieces of at most `seq_length`."""
-    return [
-        Piece(document, start, min(start + seq_length, length))
-        for start in range(0, length, seq_length)
-    ]
-
-
 def pack_documents(lengths: Sequence[int], seq_length: int, *, packing: str) -> PackResult:
-    """Which pieces go into which sample, by the policy of this module.
+    """Which pieces of whole documents go into which sample; for few documents.
 
     Args:
         lengths: tokens of each document.
         seq_length: tokens of each sample.
         packing: `best_fit` or `none`.
     """
-    result = PackResult()
-    short: list[Piece] = []
-    for number, length in enumerate(lengths):
-        for piece in split_windows(number, length, seq_length):
-            if piece.length == seq_length:
-                result.samples.append([piece])
-            else:
-                short.append(piece)
-    if packing == "none":
-        result.num_dropped_pieces = len(short)
-        result.num_dropped_tokens = sum(piece.length for piece in short)
-        return result
-    for group in best_fit([piece.length for piece in short], seq_length):
-        result.samples.append([short[i] for i in sorted(group)])
-    return result
+    cutting, counts = Cutting(seq_length=seq_length, packing=packing), CutCounts()
+    hashes = np.zeros((len(lengths), 2), dtype=np.uint64)
+    pieces = cutting.cut(np.asarray(lengths, dtype=np.int64), hashes, counts)
+    flat = [
+        Piece(d, s, s + n)
+        for d, s, n in zip(
+            pieces.document.tolist(), pieces.start.tolist(), pieces.length.tolist(), strict=True
+        )
+    ]
+    order, sizes = pack_pieces(pieces.length, seq_length)
+    groups = np.split(order, np.cumsum(sizes)[:-1]) if len(sizes) else []
+    samples = [[flat[i] for i in group.tolist()] for group in groups]
+    return PackResult(samples, counts.tails, counts.tail_tokens)
+
+
+def pack_pieces(
+    lengths: NDArray[np.int64], seq_length: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Samples of pieces: whole ones alone and first, then the others by best fit.
+
+    Returns:
+        the piece numbers of all samples one after the other [M], and how many each sample has.
+    """
+    whole = np.flatnonzero(lengths == seq_length)
+    short = np.flatnonzero(lengths < seq_length)
+    groups = best_fit(lengths[short].tolist(), seq_length)
+    sizes = np.concatenate([np.ones(len(whole), np.int64), [len(group) for group in groups]])
+    flat = np.array([i for group in groups for i in sorted(group)], dtype=np.int64)
+    return np.concatenate([whole, short[flat]]).astype(np.int64), sizes.astype(np.int64)
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:

@@ -1,44 +1,54 @@
-"""Documents to shards: reads, tokenizes, packs and writes what a `PrepareConfig` describes."""
+"""Documents to shards: reads, tokenizes, packs and writes what a `PrepareConfig` describes.
+
+In three phases (`data_prep.engine`), each resumable: text to tokens in work files, a plan from
+their index, samples to shards. One worker or many do it, with one process each or many; the samples
+and the bytes of every shard are the same.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import hashlib
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from data_prep.config import PrepareConfig, to_dict
-from data_prep.shards import (
-    MANIFEST_NAME,
-    SCHEMA_VERSION,
-    Manifest,
-    ShardRecord,
-    file_sha256,
-    shard_name,
-    write_atomic,
-    write_shard,
-)
-from data_prep.sources import SPLITS, FillerCache, SampleSource, build_source, stream_seed
+from data_prep.config import PrepareConfig
+from data_prep.engine import documents, write
+from data_prep.engine.documents import PortableTokenizer
+from data_prep.engine.encode import EncodePhase, Progress
+from data_prep.engine.plan import StreamPlan, make_plans
+from data_prep.engine.pool import Pool, choose_processes
+from data_prep.engine.streams import Stream, list_streams
+from data_prep.engine.workers import MissingUnits, Say, WorkersMissingError, owner_of
+from data_prep.engine.workers import wait_for_others as wait
+from data_prep.engine.write import ShardTask, existing, list_shards
+from data_prep.shards import MANIFEST_NAME, Manifest, ShardRecord
+from data_prep.sources import SPLITS, filler_path, load_filler, make_filler
+from data_prep.storage import LocalStorage, Storage, is_remote, open_storage, shards_of
 from data_prep.tokenize import TokenizerLike
 from data_prep.tokenizer import tokenizer_hash
 
+__all__ = [
+    "Progress",
+    "WorkersMissingError",
+    "prepare_shards",
+    "share_samples",
+    "summary",
+    "what_is_missing",
+]
+
 PLAN_NAME = "plan.json"
-Progress = Callable[[str, int, int], None]
-"""Called as progress("train shards", done, total)."""
-
-
-@dataclass(frozen=True)
-class _ShardPlan:
-    """A shard before it is written: samples `first..first+count` of a source's order."""
-
-    source: int
-    first: int
-    count: int
+WORK_NAME = "work"
+_PAYS_BYTES = 32 << 20
+"""Text (bytes on disk) from which starting processes takes less time than it saves."""
+_PAYS_TOKENS = 64 << 20
+"""The same for writing shards, in tokens."""
 
 
 def prepare_shards(
@@ -47,73 +57,36 @@ def prepare_shards(
     *,
     tokenizer: TokenizerLike,
     progress: Progress | None = None,
+    say: Say | None = None,
 ) -> Manifest:
-    """Writes `out_dir/{train,eval}/shard-00000.tar …` and `manifest.json`, and gives the manifest.
+    """Writes `{train,eval}/shard-00000.tar …` and `manifest.json`, and gives the manifest.
 
-    Can be killed at any moment and called again: finished shards are kept, and the bytes are those
-    of an uninterrupted run. Where everything is there already, shards are only read to compare
-    their SHA-256; missing and damaged ones are written again.
+    Can be killed at any moment and called again: finished work is kept, and the bytes are those of
+    an uninterrupted run. Where everything is there already, shards are only read to compare their
+    SHA-256; missing and damaged ones are written again.
 
     Args:
-        config: what to prepare.
-        out_dir: folder of one configuration; made where it is missing.
+        config: what to prepare, and with how many processes and workers.
+        out_dir: folder of one configuration, made where it is missing; shards go there too unless
+            `config.dir` names another place.
         tokenizer: a fast tokenizer (`data_prep.tokenizer.load_tokenizer`).
-        progress: told after each shard.
+        progress: told after each piece of work.
+        say: told what is waited for.
 
     Raises:
         ValueError: out_dir holds shards of another configuration, tokenizer or text; a source is
             missing, unreadable or has too few samples.
         OSError: the disk is full.
+        WorkersMissingError: other workers have not done their part within `config.wait_s`.
     """
-    out_path = Path(out_dir)
     if not config.sources:
         raise ValueError("sources is empty; give at least one entry in data.sources")
-    identity = _identity(config, tokenizer)
-    if _what_is_missing(out_path, identity, verify=True) is None:
-        return Manifest.load(out_path)
-    fillers: FillerCache = {}
     shares = {split: share_samples(config, split) for split in SPLITS}
-    sources = {
-        split: [
-            build_source(config, number, split, tokenizer, wanted=count, fillers=fillers)
-            for number, count in enumerate(shares[split])
-            if count != 0
-        ]
-        for split in SPLITS
-    }
-    counts = {
-        split: [
-            _count(source, count, split)
-            for source, count in zip(built, (c for c in shares[split] if c != 0), strict=True)
-        ]
-        for split, built in sources.items()
-    }
-    fingerprints = {
-        f"{split}/{source.name}": source.fingerprint
-        for split, built in sources.items()
-        for source in built
-    }
-    _claim_folder(out_path, {**identity, "text": fingerprints})
-    splits: dict[str, tuple[ShardRecord, ...]] = {}
-    for split, built in sources.items():
-        splits[split] = _write_split(
-            config, split, built, counts[split], out_path / split, progress
-        )
-    manifest = Manifest(
-        tokenizer_hash=identity["tokenizer_hash"],
-        vocab_size=len(tokenizer),
-        seq_length=config.seq_length,
-        config_hash=identity["config_hash"],
-        config=to_dict(config),
-        splits=splits,
-        reports={
-            f"{split}/{source.name}": {**source.report, "fingerprint": source.fingerprint}
-            for split, built in sources.items()
-            for source in built
-        },
-    )
-    manifest.save(out_path)
-    return manifest
+    out_path = Path(out_dir)
+    identity = _identity(config, tokenizer)
+    if _what_is_missing(config, out_path, identity, verify=True) is None:
+        return Manifest.load(out_path)
+    return _Preparation(config, out_path, tokenizer, identity, shares, progress, say).run()
 
 
 def what_is_missing(
@@ -123,137 +96,279 @@ def what_is_missing(
     tokenizer: TokenizerLike,
     verify: bool = False,
 ) -> str | None:
-    """Why `prepare_shards` would have to write, in words; None where the folder is complete.
+    """Why `prepare_shards` would have to write, in words; None where all is complete.
 
     Args:
         config: what was to be prepared.
-        out_dir: folder of the shards.
-        tokenizer: the fast tokenizer that they must be made by.
+        out_dir: folder of the manifest.
+        tokenizer: the fast tokenizer that the shards must be made by.
         verify: compare each shard's SHA-256 too, which reads it all; otherwise only its size.
 
     Raises:
         ValueError: out_dir holds shards of another configuration or tokenizer.
     """
-    return _what_is_missing(Path(out_dir), _identity(config, tokenizer), verify=verify)
+    return _what_is_missing(config, Path(out_dir), _identity(config, tokenizer), verify=verify)
 
 
 def _identity(config: PrepareConfig, tokenizer: TokenizerLike) -> dict[str, Any]:
     return {
-        "schema_version": SCHEMA_VERSION,
         "config_hash": config.fingerprint(),
         "tokenizer_hash": tokenizer_hash(tokenizer),
     }
 
 
-def _what_is_missing(out_path: Path, identity: dict[str, Any], *, verify: bool) -> str | None:
+def _what_is_missing(
+    config: PrepareConfig, out_path: Path, identity: dict[str, Any], *, verify: bool
+) -> str | None:
     if not (out_path / MANIFEST_NAME).is_file():
         return f"{MANIFEST_NAME} is missing"
     manifest = Manifest.load(out_path)
     if {name: getattr(manifest, name) for name in identity} != identity:
-        raise _other_configuration(out_path)
+        raise _other_configuration(str(out_path))
+    if manifest.root != _root(config):
+        return f"the shards are in {manifest.root or out_path}, not in data.dir={config.dir}"
+    storage = shards_of(manifest, out_path)
     for record in (record for records in manifest.splits.values() for record in records):
-        file = out_path / record.path
-        if not file.is_file():
+        size = storage.size(record.path)
+        if size is None:
             return f"{record.path} is missing"
-        if file.stat().st_size != record.num_bytes:
+        if size != record.num_bytes:
             return f"{record.path} has another size"
-        if verify and file_sha256(file) != record.sha256:
+        if verify and storage.sha256(record.path) != record.sha256:
             return f"{record.path} is damaged"
     return None
 
 
-def _other_configuration(out_path: Path) -> ValueError:
+def _root(config: PrepareConfig) -> str:
+    """What the manifest says of where the shards are."""
+    if not config.dir:
+        return ""
+    return config.dir if is_remote(config.dir) else str(Path(_plain(config.dir)).absolute())
+
+
+def _plain(place: str) -> str:
+    return place.removeprefix("file://")
+
+
+def _other_configuration(place: str) -> ValueError:
     return ValueError(
-        f"{out_path} holds shards of another configuration, tokenizer or text; "
+        f"{place} holds shards of another configuration, tokenizer or text; "
         "name another run.dir or delete that folder"
     )
 
 
-def _claim_folder(out_path: Path, plan: dict[str, Any]) -> None:
-    """Notes what the folder is for before the first shard, so that no two plans mix in it."""
-    out_path.mkdir(parents=True, exist_ok=True)
-    file = out_path / PLAN_NAME
-    data = json.dumps(plan, indent=1, sort_keys=True).encode() + b"\n"
-    if not file.exists():
-        write_atomic(file, data)
-    elif file.read_bytes() != data:
-        raise _other_configuration(out_path)
+class _Preparation:
+    """One worker's run of all phases."""
 
+    def __init__(
+        self,
+        config: PrepareConfig,
+        out_path: Path,
+        tokenizer: TokenizerLike,
+        identity: dict[str, Any],
+        shares: dict[str, list[int | None]],
+        progress: Progress | None,
+        say: Say | None,
+    ) -> None:
+        self.config, self.out_path, self.tokenizer = config, out_path, tokenizer
+        self.identity, self.shares = identity, shares
+        self.progress, self.say = progress, say
+        self.portable = PortableTokenizer(tokenizer)
+        self.owner = owner_of(config)
+        self.place = _root(config) or str(out_path)
+        self.storage: Storage = open_storage(self.place, owner=self.owner)
+        name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+        self.work = out_path / WORK_NAME / name
 
-def _write_split(
-    config: PrepareConfig,
-    split: str,
-    sources: list[SampleSource],
-    counts: list[int],
-    folder: Path,
-    progress: Progress | None,
-) -> tuple[ShardRecord, ...]:
-    orders = [
-        _order(source, count, config.seed, split)
-        for source, count in zip(sources, counts, strict=True)
-    ]
-    plans = [
-        _ShardPlan(number, first, min(config.samples_per_shard, count - first))
-        for number, count in enumerate(counts)
-        for first in range(0, count, config.samples_per_shard)
-    ]
-    folder.mkdir(parents=True, exist_ok=True)
-    for stale in folder.glob("*.partial"):
-        stale.unlink()
-    records: list[ShardRecord] = []
-    key = 0
-    for number, plan in enumerate(plans):
-        source, order = sources[plan.source], orders[plan.source]
-        path = folder / shard_name(number)
-        record = _existing(path, source, plan.count)
-        if record is None:
-            chosen = order[plan.first : plan.first + plan.count]
-            samples = (source.sample(int(i)) for i in chosen)
-            _record_path(path).unlink(missing_ok=True)  # it speaks of other bytes
-            record = write_shard(path, samples, first_key=key, source=source.name, kind=source.kind)
-            _save_record(path, record)
-        records.append(record)
-        key += plan.count
-        if progress is not None:
-            progress(f"{split} shards", number + 1, len(plans))
-    return tuple(records)
+    def run(self) -> Manifest:
+        """All phases, then the manifest."""
+        streams = list_streams(self.config, self.shares)
+        self._encode(streams)
+        fillers = self._make_fillers()
+        plans = make_plans(self.config, streams, self.work, owner=self.owner)
+        reports = self._reports(streams, plans, fillers)
+        tasks = self._tasks(streams, plans)
+        self._claim({name: report["fingerprint"] for name, report in reports.items()})
+        records = self._write(streams, tasks)
+        manifest = Manifest(
+            tokenizer_hash=self.identity["tokenizer_hash"],
+            vocab_size=len(self.tokenizer),
+            seq_length=self.config.seq_length,
+            config_hash=self.identity["config_hash"],
+            config=self.config.contents(),
+            splits=records,
+            reports=reports,
+            root=_root(self.config),
+        )
+        self._finish(manifest)
+        return manifest
 
+    def _encode(self, streams: list[Stream]) -> None:
+        phase = EncodePhase(
+            self.config,
+            self.portable,
+            streams,
+            self.work,
+            owner=self.owner,
+            progress=self.progress,
+        )
+        processes = choose_processes(self.config.num_processes, pays=phase.num_bytes >= _PAYS_BYTES)
+        with Pool(documents.setup, (self.config, self.portable), processes) as pool:
+            phase.run(pool)
+        wait(self.config, "pieces of text", MissingUnits(streams, self.work), self.say)
 
-def _record_path(shard: Path) -> Path:
-    return shard.with_name(shard.name + ".json")
+    def _make_fillers(self) -> dict[tuple[str, int], dict[str, Any]]:
+        """The reports of the fillers, by split and source."""
+        wanted = [
+            (split, number)
+            for split in SPLITS
+            for number, source in enumerate(self.config.sources)
+            if source.generated and self.shares[split][number] != 0
+        ]
+        paths = {
+            filler_path(self.work, self.config.sources[number], split): (split, number)
+            for split, number in reversed(wanted)
+        }
+        for turn, (path, (split, number)) in enumerate(reversed(paths.items())):
+            if turn % self.config.num_workers == self.config.worker_rank and not path.is_file():
+                source = self.config.sources[number]
+                make_filler(self.config, source, split, self.tokenizer, self.work, owner=self.owner)
+        order = [path for path, _ in reversed(paths.items())]
+        wait(
+            self.config,
+            "filler texts",
+            lambda: [turn for turn, path in enumerate(order) if not path.is_file()],
+            self.say,
+        )
+        return {
+            (split, number): load_filler(self.work, self.config.sources[number], split)[1]
+            for split, number in wanted
+        }
 
+    def _reports(
+        self,
+        streams: list[Stream],
+        plans: list[StreamPlan],
+        fillers: dict[tuple[str, int], dict[str, Any]],
+    ) -> dict[str, dict[str, Any]]:
+        """By `SPLIT/SOURCE`."""
+        found = {
+            (stream.split, stream.source_number): {**plan.report, "fingerprint": plan.fingerprint}
+            for stream, plan in zip(streams, plans, strict=True)
+        } | fillers
+        return {
+            f"{split}/{self.config.sources[number].name}": found[split, number]
+            for split in SPLITS
+            for number in range(len(self.config.sources))
+            if (split, number) in found
+        }
 
-def _existing(path: Path, source: SampleSource, count: int) -> ShardRecord | None:
-    """The record of a shard that an earlier run finished; a damaged one is written again.
+    def _tasks(self, streams: list[Stream], plans: list[StreamPlan]) -> dict[str, list[ShardTask]]:
+        """The shards of each split.
 
-    The record is written after its shard: without one, or with other bytes than it says, nothing
-    tells that the shard is what was to be written.
-    """
-    file = _record_path(path)
-    if not path.is_file() or not file.is_file():
-        return None
-    try:
-        record = ShardRecord(**json.loads(file.read_bytes()))
-    except (ValueError, TypeError):
-        return None
-    planned = (source.name, source.kind, count)
-    if (record.source, record.kind, record.num_samples) != planned:
-        return None
-    whole = path.stat().st_size == record.num_bytes and file_sha256(path) == record.sha256
-    return record if whole else None
+        Raises:
+            ValueError: a source has too few samples.
+        """
+        available: dict[tuple[str, int], int | None] = {
+            (stream.split, stream.source_number): plan.num_available
+            for stream, plan in zip(streams, plans, strict=True)
+        }
+        tasks = {}
+        for split in SPLITS:
+            there = [available.get((split, n)) for n in range(len(self.config.sources))]
+            counts = [
+                self._count(number, share, there[number], split)
+                for number, share in enumerate(self.shares[split])
+            ]
+            tasks[split] = list_shards(
+                split, counts, there, samples_per_shard=self.config.samples_per_shard
+            )
+        return tasks
 
+    def _count(self, number: int, wanted: int | None, available: int | None, split: str) -> int:
+        if wanted is None:
+            return available or 0
+        if available is not None and available < wanted:
+            raise ValueError(
+                f"source {self.config.sources[number].name} has {available} {split} samples, "
+                f"{wanted} are wanted; lower data.{split}_samples or its weight, or give it more "
+                "text"
+            )
+        return wanted
 
-def _save_record(path: Path, record: ShardRecord) -> None:
-    text = json.dumps(dataclasses.asdict(record), sort_keys=True) + "\n"
-    write_atomic(_record_path(path), text.encode())
+    def _claim(self, fingerprints: dict[str, str]) -> None:
+        """Notes what the place is for before the first shard, so that no two plans mix in it."""
+        plan = {**self.identity, "text": fingerprints}
+        data = json.dumps(plan, indent=1, sort_keys=True).encode() + b"\n"
+        try:
+            found = self.storage.read(PLAN_NAME)
+        except FileNotFoundError:
+            with self.storage.create(PLAN_NAME) as stream:
+                stream.write(data)
+            return
+        if found != data:
+            raise _other_configuration(self.place)
 
+    def _write(
+        self, streams: list[Stream], tasks: dict[str, list[ShardTask]]
+    ) -> dict[str, tuple[ShardRecord, ...]]:
+        """Writes this worker's shards; the records of all, once the others are there too."""
+        config = self.config
+        everything = [task for split in SPLITS for task in tasks[split]]
+        own = [t for n, t in enumerate(everything) if n % config.num_workers == config.worker_rank]
+        for split in SPLITS:
+            self.storage.delete_partials(split)
+        tokens = sum(task.count for task in own) * config.seq_length
+        processes = choose_processes(config.num_processes, pays=tokens >= _PAYS_TOKENS)
+        if self.place.startswith("memory://"):
+            processes = 1  # it is this process's own
+        light = [dataclasses.replace(stream, units=[]) for stream in streams]
+        arguments = (config, self.portable, light, self.work, self.place, self.owner)
+        records: dict[str, ShardRecord] = {}
+        with Pool(write.setup, arguments, min(processes, max(len(own), 1))) as pool:
+            for task, record in zip(own, pool.map(own), strict=True):
+                records[task.name] = record
+                self._tell(task, own)
+        wait(config, "shards", lambda: self._missing(everything, records), self.say)
+        return {split: tuple(records[task.name] for task in tasks[split]) for split in SPLITS}
 
-def _order(source: SampleSource, count: int, seed: int, split: str) -> NDArray[np.int64]:
-    """Which samples are taken, in which order: generated ones by number, others shuffled."""
-    if source.num_available is None:
-        return np.arange(count, dtype=np.int64)
-    rng = np.random.default_rng(stream_seed(seed, source.name, f"order/{split}"))
-    return rng.permutation(source.num_available)[:count].astype(np.int64)
+    def _tell(self, task: ShardTask, own: Sequence[ShardTask]) -> None:
+        if self.progress is not None:
+            same = [t.number for t in own if t.split == task.split]
+            self.progress(f"{task.split} shards", same.index(task.number) + 1, len(same))
+
+    def _missing(self, tasks: Sequence[ShardTask], records: dict[str, ShardRecord]) -> list[int]:
+        """Numbers of shards that are not there; records of those that are go into `records`."""
+        missing = []
+        names = {split: self.storage.names(split) for split in SPLITS}
+        for number, task in enumerate(tasks):
+            if task.name in records:
+                continue
+            source = self.config.sources[task.source]
+            record = None
+            if write.record_name(task.name) in names[task.split]:
+                planned = (source.name, source.sample_kind, task.count)
+                record = existing(self.storage, task.name, planned, verify=False)
+            if record is None:
+                missing.append(number)
+            else:
+                records[task.name] = record
+        return missing
+
+    def _finish(self, manifest: Manifest) -> None:
+        """The manifest, beside the shards and in the stage's folder; work files go."""
+        if manifest.root:
+            beside = dataclasses.replace(manifest, root="")
+            with self.storage.create(MANIFEST_NAME) as stream:
+                stream.write(beside.to_bytes())
+        LocalStorage(self.out_path, owner=self.owner).folder.mkdir(parents=True, exist_ok=True)
+        manifest.save(self.out_path, owner=self.owner)
+        clean = open_storage(self.place)
+        for split in SPLITS:
+            clean.delete_partials(split)
+        if not self.config.keep_work:
+            with contextlib.suppress(FileNotFoundError):  # another worker does the same
+                shutil.rmtree(self.work.parent)
 
 
 def share_samples(config: PrepareConfig, split: str) -> list[int | None]:
@@ -283,18 +398,6 @@ def share_samples(config: PrepareConfig, split: str) -> list[int | None]:
     for i in np.argsort(counts - exact, kind="stable")[: wanted - int(counts.sum())]:
         counts[i] += 1
     return [int(count) for count in counts]
-
-
-def _count(source: SampleSource, wanted: int | None, split: str) -> int:
-    available = source.num_available
-    if wanted is None:
-        return available or 0
-    if available is not None and available < wanted:
-        raise ValueError(
-            f"source {source.name} has {available} {split} samples, {wanted} are wanted; lower "
-            f"data.{split}_samples or its weight, or give it more text"
-        )
-    return wanted
 
 
 def summary(manifest: Manifest) -> list[dict[str, Any]]:

@@ -77,6 +77,8 @@ class PartRecord:
     batches: list[dict[str, Any]]
     """Of each batch: `num_kept` documents of the part so far, `num_read` documents of the unit so
     far (dropped ones too), and the batch's own `report` (`UnitReport`)."""
+    used: dict[str, int]
+    """Documents, characters and sure samples (`streams.Used`)."""
     last: bool
     """Whether the unit ends with this part."""
     stamp: list[Any]
@@ -149,7 +151,7 @@ class PartWriter:
             {"num_kept": self.num_documents, "num_read": num_read, "report": report}
         )
 
-    def finish(self, *, stamp: list[Any], last: bool) -> PartRecord:
+    def finish(self, *, used: dict[str, int], stamp: list[Any], last: bool) -> PartRecord:
         """Writes the index and the record; from now on the part counts."""
         documents = np.array(self._documents, dtype=DOCUMENT)
         sections = {
@@ -179,6 +181,7 @@ class PartWriter:
             num_bytes=start + size,
             digest=digest.hexdigest(),
             batches=self._batches,
+            used=used,
             last=last,
             stamp=stamp,
         )
@@ -218,12 +221,6 @@ class Part:
     def close(self) -> None:
         """Close the file."""
         os.close(self._descriptor)
-
-    def documents(self, block: int = 1 << 16) -> Iterator[NDArray[Any]]:
-        """The index in blocks of up to `block` documents, [N] of `DOCUMENT`."""
-        for start in range(0, self.record.num_documents, block):
-            count = min(block, self.record.num_documents - start)
-            yield self.rows(start, count)
 
     def rows(self, first: int, count: int = 1) -> NDArray[Any]:
         """Index rows `first:first + count`."""

@@ -1,0 +1,105 @@
+"""Workers that share the work over a file system: waiting for what the others have to do."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from data_prep.config import PrepareConfig
+from data_prep.engine.streams import Stream, Used, unit_state
+
+Say = Callable[[str], None]
+_POLL_S = (0.1, 5.0)
+_SAY_EVERY_S = 30.0
+
+
+class WorkersMissingError(TimeoutError):
+    """Others have not done their part; this worker has."""
+
+
+def owner_of(config: PrepareConfig) -> str:
+    """Part of the names of temporary files, so that workers leave each other's alone."""
+    if config.num_workers == 1:
+        return ""
+    return f".worker{config.worker_rank}of{config.num_workers}"
+
+
+def wait_for_others(
+    config: PrepareConfig, what: str, missing: Callable[[], Iterable[int]], say: Say | None
+) -> None:
+    """Returns when nothing is missing.
+
+    Args:
+        config: `wait_s` and the workers.
+        what: that is waited for, in words.
+        missing: numbers of tasks that are not done; task n is worker n % num_workers' to do.
+        say: told every half minute.
+
+    Raises:
+        WorkersMissingError: nothing was done for `wait_s` seconds.
+    """
+    pause, longest = _POLL_S
+    last_change = last_said = time.monotonic()
+    before: int | None = None
+    while tasks := list(missing()):
+        now = time.monotonic()
+        if len(tasks) != before:
+            before, last_change = len(tasks), now
+        workers = sorted({task % config.num_workers for task in tasks})
+        words = (
+            f"{len(tasks)} {what} of worker{'s' if len(workers) > 1 else ''} "
+            f"{', '.join(map(str, workers[:20]))}{' …' if len(workers) > 20 else ''}"
+        )
+        if now - last_change >= config.wait_s:
+            raise WorkersMissingError(
+                f"worker {config.worker_rank} of {config.num_workers} has done its part; missing: "
+                f"{words}; run stage=prepare with data.worker_rank={workers[0]} (and the others), "
+                "then this one again"
+            )
+        if say is not None and now - last_said >= _SAY_EVERY_S:
+            say(f"worker {config.worker_rank}: waiting for {words}")
+            last_said = now
+        time.sleep(min(pause, max(config.wait_s - (now - last_change), 0.01)))
+        pause = min(2 * pause, longest)
+
+
+class MissingUnits:
+    """Units of phase 1 that are not whole and count.
+
+    Args:
+        streams: all streams.
+        work: folder of the work files.
+    """
+
+    def __init__(self, streams: list[Stream], work: Path) -> None:
+        self._streams, self._work = streams, work
+        self._whole: dict[tuple[int, int], Used] = {}
+
+    def __call__(self) -> list[int]:
+        """Their numbers, counted over all streams."""
+        found: list[int] = []
+        offset = 0
+        for stream in self._streams:
+            found += [offset + unit for unit in self._of(stream)]
+            offset += len(stream.units)
+        return found
+
+    def _of(self, stream: Stream) -> list[int]:
+        """Missing units of a stream before its cut."""
+        missing: list[int] = []
+        used = Used()
+        for unit in range(len(stream.units)):
+            key = (stream.number, unit)
+            if key not in self._whole:
+                state = unit_state(self._work, stream, unit, stamp=None)
+                if state.complete:
+                    self._whole[key] = state.used
+            if key in self._whole:
+                used += self._whole[key]
+                if not missing and stream.reached(used):
+                    break
+            else:
+                missing.append(unit)
+        # What a unit holds that is missing nobody knows; units behind it may not be needed.
+        return missing[:1] if stream.limited else missing
