@@ -31,6 +31,7 @@ from pipeline.distributed import Ranks, sum_over_ranks
 from pipeline.mpu import ModelParallelUnit
 from pipeline.objectives import Objective
 from pipeline.schema import OptimSettings
+from pipeline.zero import check_zero, reduce_bucket
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -124,11 +125,7 @@ class Engine:
         """
         if not trained:
             raise ValueError("no parameter is trained; check the stage's branch and sft.train")
-        if zero_stage == 0 and dtype != torch.float32:
-            raise ValueError(
-                f"parallel.zero_stage=0 keeps no float32 weights beside {dtype}; "
-                "set parallel.zero_stage=1 or parallel.dtype=float32"
-            )
+        check_zero(zero_stage, dtype)
         ensure_model_parallel()
         mpu = ModelParallelUnit()
         self.ranks = ranks
@@ -191,6 +188,7 @@ class Engine:
                 "stage": self._zero_stage,
                 "overlap_comm": on_cuda and self._zero_size > 1,
                 "contiguous_gradients": self._zero_size > 1,
+                "reduce_bucket_size": reduce_bucket(sum(p.numel() for p in self._trained.values())),
                 "stage3_param_persistence_threshold": persistent_elements,
             },
             "bf16": {"enabled": dtype == torch.bfloat16},

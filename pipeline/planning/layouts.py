@@ -11,9 +11,11 @@ import torch
 from pipeline.batches import RankSplit, split_over_ranks
 from pipeline.distributed import Ranks
 from pipeline.layout import check_layout
-from pipeline.models import check_length
+from pipeline.models import check_length, choose_dtype
+from pipeline.planning.hardware import GPUS
 from pipeline.planning.work import Work
 from pipeline.schema import RunConfig, StageChoice
+from pipeline.zero import check_zero
 
 MODES: tuple[Literal["wavefront", "a2a"], ...] = ("wavefront", "a2a")
 
@@ -106,6 +108,8 @@ def check(config: RunConfig, work: Work, layout: Layout) -> list[RankSplit]:
         ValueError: what a run with this layout would say.
     """
     asked = with_layout(config, work, layout)
+    device = torch.device(GPUS[config.plan.gpu].device)
+    check_zero(layout.zero_stage, choose_dtype(config.parallel, device))
     ranks = _ranks(layout.num_gpus, layout.tp, layout.cp)
     check_layout(asked, work.base, ranks)
     settings = asked.train_settings(work.stage)

@@ -17,8 +17,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-REDUCE_BUCKET = 500_000_000
-"""Numbers of DeepSpeed's buffer for gradients, its default `reduce_bucket_size`."""
+from pipeline.zero import reduce_bucket
 
 LIVE_PARAMETERS = 1_050_000_000
 """Numbers that ZeRO-3 keeps gathered: its defaults `stage3_max_live_parameters` and prefetch."""
@@ -58,7 +57,6 @@ def states(
     zero_size: int,
     num_micro_batches: int,
     kind: str,
-    bucket: int = REDUCE_BUCKET,
 ) -> States:
     """Bytes by kind.
 
@@ -69,11 +67,10 @@ def states(
         zero_stage: 0 to 3.
         zero_size: Z.
         num_micro_batches: passes of a step; several carry gradients from one to the next.
-        kind: `cuda`, or `cpu`, where memory that is reserved and never written costs nothing.
-        bucket: numbers of the reduction's buffer.
+        kind: `cuda` or `cpu`.
     """
     z, several, p = zero_size, num_micro_batches > 1, trained
-    used = min(bucket, p) if kind == "cpu" else bucket
+    used = reduce_bucket(round(p))
     # with a GPU, communication overlaps the backward pass, and a second buffer is filled meanwhile
     buffers = 0.0 if z == 1 else used * element * (2 if kind == "cuda" and zero_stage < 3 else 1)
     if zero_stage == 0:

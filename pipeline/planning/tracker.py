@@ -259,7 +259,7 @@ _INDEXING = frozenset(
 
 
 def moved_bytes(name: str, args: tuple[Any, ...]) -> tuple[tuple[int, ...], int]:
-    """Ranks of a collective's group, and the bytes that one rank sends in a ring.
+    """Ranks of a collective's group, and the bytes that pass through one rank's link, in a ring.
 
     Args:
         name: the operation's, without `c10d::` and underscores.
@@ -284,7 +284,7 @@ def moved_bytes(name: str, args: tuple[Any, ...]) -> tuple[tuple[int, ...], int]
     if size == 1:
         return ranks, 0
     if name in ("send", "recv"):
-        return ranks, biggest if name == "send" else 0
+        return ranks, biggest
     share = {"allreduce": 2.0, "broadcast": 1.0}.get(name, 1.0) * (size - 1) / size
     return ranks, int(biggest * share) if name != "barrier" else 0
 
