@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import os
+import selectors
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -105,3 +112,85 @@ def set_alpha() -> Callable[[AllMemGPTModel, float], None]:
                     parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
 
     return set_all
+
+
+class Ranks:
+    """Four context-parallel ranks on gloo that run one case after another.
+
+    The workers start once, with the first case, and again after a case that failed.
+    """
+
+    COUNT = 4
+    TIMEOUT_S = 120
+
+    def __init__(self) -> None:
+        self._processes: list[subprocess.Popen[str]] = []
+
+    def run(self, case: str, **arguments: Any) -> list[Any]:
+        """The answer of every rank. Raises: AssertionError with the first rank's error."""
+        if not self._processes:
+            self._start()
+        for process in self._processes:
+            assert process.stdin is not None
+            process.stdin.write(json.dumps({"case": case, **arguments}) + "\n")
+            process.stdin.flush()
+        answers: dict[int, Any] = {}
+        with selectors.DefaultSelector() as waiting:
+            for rank, process in enumerate(self._processes):
+                assert process.stdout is not None
+                waiting.register(process.stdout, selectors.EVENT_READ, rank)
+            while len(answers) < self.COUNT:
+                ready = waiting.select(self.TIMEOUT_S)
+                for key, _ in ready:
+                    line = key.fileobj.readline()  # type: ignore[union-attr]
+                    waiting.unregister(key.fileobj)
+                    answers[key.data] = json.loads(line) if line else {"error": "the rank ended"}
+                errors = [a["error"] for a in answers.values() if "error" in a]
+                if errors or not ready:
+                    self.stop(kill=True)
+                assert not errors, errors[0]
+                assert ready, f"no answer in {self.TIMEOUT_S} s but from ranks {sorted(answers)}"
+        return [answers[rank]["result"] for rank in range(self.COUNT)]
+
+    def stop(self, *, kill: bool = False) -> None:
+        """Ends the workers."""
+        for process in self._processes:
+            if kill:
+                process.kill()
+            elif process.stdin is not None:
+                process.stdin.close()
+        for process in self._processes:
+            try:
+                process.wait(timeout=30)
+            finally:
+                process.kill()
+        self._processes = []
+
+    def _start(self) -> None:
+        root = Path(__file__).parents[2]
+        environment = {
+            **os.environ,
+            "WORLD_SIZE": str(self.COUNT),
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]),
+        }
+        worker = Path(__file__).parent / "context_parallel" / "worker.py"
+        # a file to meet at: no port that another process may take
+        meeting = Path(tempfile.mkdtemp(prefix="ranks-")) / "store"
+        self._processes = [
+            subprocess.Popen(
+                [sys.executable, str(worker), str(meeting)],
+                env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(self.COUNT)
+        ]
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Ranks]:
+    started = Ranks()
+    yield started
+    started.stop()
