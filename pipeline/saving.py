@@ -289,10 +289,11 @@ class Saver:
         flight.job.join()
         self._flight = None
         error = flight.job.error
-        texts: list[str | None] = [None if error is None else str(error)]
+        own = None if error is None else str(getattr(error, "strerror", None) or error)
+        texts: list[str | None] = [own]
         if self._ranks.world_size > 1:
             texts = [None] * self._ranks.world_size
-            dist.all_gather_object(texts, None if error is None else str(error))
+            dist.all_gather_object(texts, own)
         if self._ranks.is_main:  # no rank writes there any more
             remove(flight.temporary)
         if self._ranks.is_main and error is not None:
