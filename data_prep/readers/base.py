@@ -123,6 +123,9 @@ class UnitReport:
     num_documents: int = 0
     """Documents given by the reader, before any step."""
     num_characters: int = 0
+    num_other: int = 0
+    """Documents of the other split, read on the way: unreadable records have none, so all count in
+    their share."""
     num_empty: int = 0
     """Records and files without any text; nothing is lost with them."""
     num_bad: int = 0
@@ -183,6 +186,7 @@ class UnitReport:
         for name in (
             "num_documents",
             "num_characters",
+            "num_other",
             "num_empty",
             "num_bad",
             "num_broken_files",
@@ -212,7 +216,7 @@ class UnitReport:
 
     def check(self, source: str, max_bad_fraction: float) -> None:
         """Raises ValueError when more than the allowed share of the records is bad."""
-        total = self.num_documents + self.num_bad
+        total = self.num_documents + self.num_other + self.num_bad
         if total and self.num_bad > max_bad_fraction * total:
             raise ValueError(
                 f"source {source}: {self.num_bad} of {total} records are unreadable, more than "

@@ -33,6 +33,7 @@ def read_unit(unit: Unit, report: UnitReport) -> Iterator[Document]:
         for document in _read_part(part, unit.source, report):
             split = part.split or split_of(document.id, unit.seed, unit.eval_fraction)
             if unit.split not in (split, "both"):
+                report.num_other += 1
                 continue
             report.num_documents += 1
             report.num_characters += document.num_characters

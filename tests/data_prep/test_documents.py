@@ -14,6 +14,7 @@ import zstandard
 
 from data_prep.config import SourceConfig
 from data_prep.documents import Document, ReadReport, package_files, read_documents
+from data_prep.readers import list_units, read_unit
 
 RECORDS = [{"id": f"doc{i}", "text": f"text number {i}\n"} for i in range(5)]
 LINES = "".join(json.dumps(record) + "\n" for record in RECORDS).encode()
@@ -81,6 +82,21 @@ def test_bad_records_are_counted_with_their_place(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"5 of 7 records .*a\.jsonl:2.*max_bad_fraction"):
         report.check("mine", 0.5)
     report.check("mine", 0.8)
+
+
+def test_the_share_of_bad_records_counts_documents_of_the_other_split_too(tmp_path: Path) -> None:
+    lines = [b'{"text": "t"}'] * 200
+    lines[17] = b"no record"
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    source = SourceConfig(kind="jsonl", path=str(tmp_path))
+    reports = {}
+    for split in ("train", "eval"):
+        reports[split] = ReadReport()
+        for unit in list_units(source, split, eval_fraction=0.02):
+            list(read_unit(unit, reports[split]))
+        reports[split].check("mine", 0.01)
+    assert reports["eval"].num_documents < 10
+    assert reports["eval"].num_documents == reports["train"].num_other
 
 
 def test_text_folder_is_sorted_and_bad_utf8_counted(tmp_path: Path) -> None:
