@@ -130,8 +130,8 @@ class Engine:
         mpu = ModelParallelUnit()
         self.ranks = ranks
         self.objective = objective
-        self._zero_group = mpu.get_data_parallel_group()
         self._zero_size = mpu.get_data_parallel_world_size()
+        self._tp_size = mpu.get_tensor_model_parallel_world_size()
         self._tp_group = mpu.get_tensor_model_parallel_group()
         self._tp_rank = mpu.get_tensor_model_parallel_rank()
         self._trained = dict(trained)
@@ -244,8 +244,12 @@ class Engine:
         return int(next(iter(self._adamw.state.values()))["step"])
 
     def _sum(self, values: Sequence[float]) -> list[float]:
-        """Sum over the ranks that see different tokens."""
-        return sum_over_ranks(values, self.ranks.device, self._zero_group)
+        """Sum over the ranks that see different tokens, the same numbers on every rank.
+
+        Over all of them, so that what is not finite on any rank is so on each; tensor-parallel
+        ranks give the same values, which count once.
+        """
+        return [value / self._tp_size for value in sum_over_ranks(values, self.ranks.device)]
 
     def _accumulate(self, batches: Sequence[MicroBatch], count: float) -> dict[str, float]:
         """Forward and backward of all micro-batches; this rank's sums, the loss first.

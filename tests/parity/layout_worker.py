@@ -2,15 +2,18 @@
 
 python layout_worker.py; rank, world and rendezvous come by environment. Each line of its input is a
 case (see `run`); rank 0 writes what came out to the case's file, and every rank answers with a line
-of its own: `null`, or the error's text. Groups are made anew for each case, processes are not.
+of its own: `null`, or the error's text. Groups and processes are kept for the next case.
 """
 
 from __future__ import annotations
 
+import copy
 import json
+import math
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -153,6 +156,76 @@ def train(case: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     return out
 
 
+def skip(case: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
+    """Three steps with a bad one before the second: what it reports, changes and leaves behind."""
+    task, layout = case["task"], case["layout"]
+    states, engines = [], []
+    for _ in range(2):
+        model = model_of(task, layout)
+        objective = objective_of(task, layout, model)
+        engine = Engine(
+            objective,
+            trained_parameters(model, task["train"]),
+            ranks=ranks,
+            optim=OPTIM,
+            zero_stage=layout["zero"],
+            dtype=torch.float32,
+            micro_batch_size=1,
+            num_micro_batches=len(batches_of(task, 0, ranks)),
+            persistent_elements=100,
+        )
+        engines.append(engine)
+    results = []
+    for number, engine in enumerate(engines):
+        objective = engine.objective
+        with objective.active(mixer_of(task)):
+            for step in range(3):
+                if step == 1 and number == 0:
+                    before = state_of(engine)
+                    # in one rank's tokens only: the others must come to know
+                    hurt = objective.register_forward_hook(spoil(case["kind"], ranks.rank == 1))
+                    results.append(engine.train_step(batches_of(task, step, ranks), lr=LR))
+                    hurt.remove()
+                    changed = differing(before, state_of(engine))
+                results.append(engine.train_step(batches_of(task, step, ranks), lr=LR))
+        states.append(state_of(engine))
+        engine.close()
+    mine = {
+        "skipped": [result.skipped for result in results],
+        "finite": [math.isfinite(result.loss) for result in results],
+        "changed": changed,
+        "left": differing(*states),
+    }
+    everyone: list[Any] = [None] * ranks.world_size
+    dist.all_gather_object(everyone, mine)
+    return {"ranks": everyone}
+
+
+def spoil(kind: str, here: bool) -> Callable[..., Any]:
+    """A hook that makes an objective's loss, or only its gradient, infinite."""
+
+    def hook(module: Any, inputs: Any, output: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
+        total, extra = output
+        if here and kind == "gradient":
+            total.register_hook(lambda gradient: gradient * float("inf"))
+        return (total * float("nan"), extra) if here and kind == "loss" else output
+
+    return hook
+
+
+def state_of(engine: Engine) -> dict[str, Tensor]:
+    """All weights and moments of this rank's tensor-parallel part."""
+    found = engine.weights()
+    for moment, values in engine.moments().items():
+        found.update({f"{moment}.{name}": value for name, value in values.items()})
+    return found
+
+
+def differing(before: dict[str, Tensor], after: dict[str, Tensor]) -> list[str]:
+    """Names of tensors that are not the same bits."""
+    return [name for name in before if not torch.equal(before[name], after[name])]
+
+
 def differing_replicas(engine: Engine, trained: dict[str, Any]) -> list[str]:
     """Parameters kept whole on tensor-parallel ranks that are not the same bits on all of them."""
     group = parallel_state.get_tensor_model_parallel_group()
@@ -199,21 +272,33 @@ def losses(case: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
 
 
 def run(case: dict[str, Any], world: Ranks) -> None:
-    """Make the layout's groups, do what the case says, and take the groups apart.
+    """Go over to the layout's groups and do what the case says.
 
     Args:
-        case: `do` ("train" or "losses"), `layout` (tp, sp, cp, cp_mode, zero), `task`, and `path`.
+        case: `do` ("train", "losses" or "skip"), `layout` (tp, sp, cp, cp_mode, zero), `task`,
+            and `path`.
         world: this process among all.
     """
     layout = case["layout"]
     ranks = world.with_layout(tp=layout["tp"], cp=layout["cp"])
-    init_model_parallel(layout["tp"], layout["cp"])
-    try:
-        out = {"train": train, "losses": losses}[case["do"]](case, ranks)
-        if world.is_main:
-            torch.save(out, case["path"])
-    finally:
-        parallel_state.destroy_model_parallel()
+    enter_layout(layout["tp"], layout["cp"])
+    out = {"train": train, "losses": losses, "skip": skip}[case["do"]](case, ranks)
+    if world.is_main:
+        torch.save(out, case["path"])
+
+
+_NO_GROUPS = {n: v for n, v in vars(parallel_state).items() if n.startswith("_") and n[1].isupper()}
+_groups: dict[tuple[int, int], dict[str, Any]] = {}
+
+
+def enter_layout(tp: int, cp: int) -> None:
+    """Groups of the layout, made once: groups that are made anew leave hundreds of threads."""
+    held = vars(parallel_state)
+    if (tp, cp) not in _groups:
+        held.update(copy.deepcopy(_NO_GROUPS))
+        init_model_parallel(tp, cp)
+        _groups[tp, cp] = {name: held[name] for name in _NO_GROUPS}
+    held.update(_groups[tp, cp])
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, note, settings
 from hypothesis import strategies as st
 
 RELATIVE = 2e-4
@@ -137,9 +137,10 @@ def assert_same(one: dict[str, Any], many: dict[str, Any]) -> None:
     for mine, theirs in zip(many["metrics"], one["metrics"], strict=True):
         assert mine == pytest.approx(theirs, rel=1e-4)
     assert many["gradients"].keys() == one["gradients"].keys()
+    most = max(float(wanted.abs().max()) for wanted in one["gradients"].values())
     for name, wanted in one["gradients"].items():
-        largest = float(wanted.abs().max())
-        assert largest > 0, name
+        # a gradient that is next to nothing is made of rounding
+        largest = max(float(wanted.abs().max()), 1e-3 * most)
         torch.testing.assert_close(
             many["gradients"][name],
             wanted,
@@ -162,7 +163,9 @@ def assert_same(one: dict[str, Any], many: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(("task", "layout"), cases())
 def test_a_layout_equals_one_rank(crews: Any, task: str, layout: str):
-    assert_same(*results(crews, TASKS[task], layout_of(layout)))
+    one, many = results(crews, TASKS[task], layout_of(layout))
+    assert all(gradient.any() for gradient in one["gradients"].values())
+    assert_same(one, many)
 
 
 @pytest.mark.parametrize("elements", [1, 200, 10**6])
@@ -174,3 +177,84 @@ def test_losses_over_a_split_vocabulary_are_exact(crews: Any, objective: str, el
         many = crews[4].run({"do": "losses", "task": task, "layout": {**ONE, "tp": tp}})
         for name, wanted in one.items():
             torch.testing.assert_close(many[name], wanted, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["loss", "gradient"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "tp2-sp-cp2-wavefront-zero2",
+        pytest.param("tp2-cp1-zero0", marks=pytest.mark.slow),
+        pytest.param("tp1-cp4-a2a-zero1", marks=pytest.mark.slow),
+        "tp2-cp1-zero3",
+    ],
+)
+def test_a_step_that_is_not_finite_on_one_rank_leaves_no_trace_on_any(
+    crews: Any, layout: str, kind: str
+):
+    task = {**DISTILL, "num_micro_batches": 1}
+    case = {"do": "skip", "kind": kind, "task": task, "layout": layout_of(layout)}
+    for rank in crews[4].run(case)["ranks"]:
+        assert rank["skipped"] == [False, True, False, False, False, False, False]
+        assert rank["finite"][1] == (kind == "gradient")
+        assert rank["changed"] == []
+        assert rank["left"] == []
+
+
+HALO_SIZES = st.fixed_dictionaries(
+    {
+        "window_size": st.integers(6, 30),
+        "num_sinks": st.integers(0, 5),
+        "chunk_size": st.integers(1, 6),
+        "num_kv_heads": st.sampled_from([2, 4]),
+        "recompute": st.booleans(),
+        "branch": st.sampled_from(["allmem", "allmem", "mamba2"]),
+    }
+)
+
+
+@st.composite
+def random_cases(draw: st.DrawFn) -> tuple[dict[str, Any], str]:
+    """A task of random lengths and borders, and a layout that it splits over."""
+    layout = draw(st.sampled_from(layout_names()))
+    parts = layout_of(layout)
+    unit = parts["cp"] * (parts["tp"] if parts["sp"] else 1)
+    length = unit * draw(st.integers(2, 12))
+    cuts = st.sets(st.integers(1, length - 1), max_size=5).map(sorted)
+    borders = draw(st.none() | st.lists(cuts, min_size=1, max_size=4))
+    documents = borders and [
+        [b - a for a, b in itertools.pairwise([0, *inner, length])] for inner in borders
+    ]
+    sizes = draw(HALO_SIZES)
+    base = {**DISTILL["base"], "num_kv_heads": sizes.pop("num_kv_heads")}
+    task = {**DISTILL, **sizes, "base": base, "length": length, "documents": documents}
+    return {**task, "num_rows": 4, "num_micro_batches": 1, "num_steps": 2}, layout
+
+
+def assert_random_case(crews: Any, case: tuple[dict[str, Any], str]) -> None:
+    task, layout = case
+    note(f"{layout} {task}")
+    assert_same(*results(crews, task, layout_of(layout)))
+
+
+RANDOM: dict[str, Any] = {
+    "deadline": None,
+    "derandomize": True,  # the same draws everywhere: a failure in CI is one at home
+    "database": None,
+    "suppress_health_check": list(HealthCheck),
+    "phases": [Phase.generate],  # no search for a smaller case: each takes seconds
+    "report_multiple_bugs": False,
+}
+
+
+@settings(max_examples=4, **RANDOM)
+@given(case=random_cases())
+def test_random_lengths_and_borders_equal_one_rank(crews: Any, case: Any):
+    assert_random_case(crews, case)
+
+
+@pytest.mark.slow
+@settings(max_examples=60, **RANDOM)
+@given(case=random_cases())
+def test_many_random_lengths_and_borders_equal_one_rank(crews: Any, case: Any):
+    assert_random_case(crews, case)
