@@ -100,13 +100,13 @@ def is_over(child: int) -> bool:
     return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
-def stop_after(stage: str, step: int) -> None:
-    """Let this process get SIGTERM when it has logged a step of a stage."""
+def after_step(stage: str, step: int, action: Callable[[], None]) -> None:
+    """Let this process do something when it has logged a step of a stage."""
     log = StageContext.log
 
-    def log_and_stop(self: StageContext, number: int, values: Any) -> None:
+    def log_and_act(self: StageContext, number: int, values: Any) -> None:
         log(self, number, values)
         if self.entry == stage and number == step:
-            signal.raise_signal(signal.SIGTERM)
+            action()
 
-    StageContext.log = log_and_stop  # type: ignore[method-assign]
+    StageContext.log = log_and_act  # type: ignore[method-assign]

@@ -3,34 +3,68 @@
 python relayout_server.py PLAN.json OUT.json; run by test_relayout.py. The plan's legs come one
 after the other: each goes on from the checkpoint of the leg before, with its own number of ranks
 and its own settings, until it is asked to stop after a step. OUT.json gets the exit codes and, of
-each leg's last checkpoint, the files.
+each leg's last checkpoint, the files. In the end a third run meets a full disk.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import os
+import resource
+import signal
 import sys
 from pathlib import Path
 from typing import Any
 
-from fork_server import start, stop_after, wait
+from fork_server import after_step, start, wait
 
 import pipeline.engine
 
-TIMEOUT_S = 120
+TIMEOUT_S = 200
 
 
 def prepare(rank: int, *, stage: str, step: int) -> None:
-    """In each rank: ZeRO-3 splits the tiny model's tensors too; rank 0 is asked to stop."""
+    """In each rank: ZeRO-3 splits the tiny model's tensors too; rank 0 is asked to stop.
+
+    Asked when the step before is logged, the ranks stop after `step`.
+    """
     pipeline.engine.Engine.__init__.__kwdefaults__["persistent_elements"] = 16
     if rank == 0:
-        stop_after(stage, step)
+        after_step(stage, step - 1, lambda: signal.raise_signal(signal.SIGTERM))
+
+
+def fill_disk(rank: int, *, step: int) -> None:
+    """From a step on, the operating system lets rank 1 write no large file."""
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    if rank == 1:
+        after_step(
+            "pretrain", step, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+        )
+
+
+def full_disk(folder: Path, words: list[str]) -> dict[str, Any]:
+    """What two ranks do when rank 1 cannot write its share, and when the run is given again."""
+    run_dir = folder / "full"
+    run_dir.mkdir()
+    (run_dir / "prepare").symlink_to(folder / "whole" / "prepare")
+    words = [*words, f"run.dir={run_dir}", "stage=pretrain", "pretrain.checkpoint_every=3"]
+    sys.stderr.flush()
+    before, log = os.dup(2), folder / "full.err"
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 2)
+        codes = wait(start(words, 2, functools.partial(fill_disk, step=5)), TIMEOUT_S)
+        os.dup2(before, 2)
+    os.close(before)
+    left = sorted(path.name for path in (run_dir / "pretrain" / "checkpoints").iterdir())
+    lines = (run_dir / "pretrain" / "metrics.jsonl").read_text().splitlines()
+    again = wait(start(words, 2), TIMEOUT_S)
+    return {"codes": codes, "left": left, "last": json.loads(lines[-1])["step"], "again": again}
 
 
 def main(plan_file: str, out_file: str) -> None:
     plan = json.loads(Path(plan_file).read_text())
-    folder, result = Path(plan["folder"]), []
+    folder, legs = Path(plan["folder"]), []
     whole = [*plan["words"], f"run.dir={folder / 'whole'}"]
     if (codes := wait(start(whole, 1), TIMEOUT_S)) != [0]:
         raise SystemExit(f"the undisturbed run ended with {codes}")
@@ -46,7 +80,8 @@ def main(plan_file: str, out_file: str) -> None:
         if saved:
             found["newest"] = saved[-1].name
             found["files"] = sorted(file.name for file in saved[-1].iterdir())
-        result.append(found)
+        legs.append(found)
+    result = {"legs": legs, "full_disk": full_disk(folder, plan["words"])}
     Path(out_file).write_text(json.dumps(result))
 
 

@@ -101,6 +101,8 @@ class Legs:
     whole: Path
     changed: Path
     seen: dict[str, dict[str, Any]]
+    full_disk: dict[str, Any]
+    """What the server saw of two ranks of which one could not write, and their lines."""
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +132,7 @@ def legs(
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1200,
     )
     (folder / "stderr").write_text(done.stderr)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -138,7 +140,8 @@ def legs(
     return Legs(
         whole=folder / "whole",
         changed=folder / "legs",
-        seen={leg.name: found for leg, found in zip(LEGS, seen, strict=True)},
+        seen={leg.name: found for leg, found in zip(LEGS, seen["legs"], strict=True)},
+        full_disk={**seen["full_disk"], "lines": (folder / "full.err").read_text().splitlines()},
     )
 
 
@@ -204,3 +207,18 @@ def test_final_weights_and_moments_are_those_of_one_rank(legs: Legs, stage: str)
             )
     for key in ("tokens", "loss_tokens", "loader", "phase"):
         assert whole.state[key] == changed.state[key]
+
+
+def test_a_full_disk_of_one_rank_ends_both_at_the_next_step(legs: Legs):
+    seen = legs.full_disk
+    assert seen["codes"] == [2, 2]
+    assert seen["left"] == ["step_00000003"]
+    assert 6 <= seen["last"] <= 9
+    errors = [line for line in seen["lines"] if line.startswith("error")]
+    assert len(errors) == 1, errors
+    assert "rank 1: File too large while saving" in errors[0]
+    assert "step_00000006" in errors[0]
+
+
+def test_after_the_disk_has_room_again_the_same_command_goes_on(legs: Legs):
+    assert legs.full_disk["again"] == [0, 0]
