@@ -2,35 +2,31 @@
 
 Samples have a global number 0, 1, 2, … over all ranks; a step of `dp_size` ranks takes the next
 `batch_size * dp_size` numbers, rank r the r-th part of them. So the whole state is one count, and a
-run goes on exactly, with another number of ranks too. Numbers map to pools (one for each source, or
-kind where weights are given) by blocks in which every pool has its exact share, shuffled; and
-within a pool to a shuffled pass over its shards, epoch after epoch: none is lost or doubled.
+run goes on exactly, with another number of ranks too; which number is which sample says
+`loader_order`. A thread reads ahead, which changes nothing of this: what it has read and nobody has
+taken does not count.
 
 Shape letters: `B` samples of a batch, `T` tokens of a sample.
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
-from collections import OrderedDict
+import threading
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
+from data_prep.loader_order import GROUP, SampleIndex
 from data_prep.sample import Sample
-from data_prep.shards import Manifest, ShardRecord, file_sha256, index_shard, read_sample
-
-_BLOCK = 1000
-"""Samples over which weights hold exactly (so to a tenth of a per cent)."""
-_GROUP = 16
-"""Shards whose samples are shuffled together; as many may be open at a time."""
+from data_prep.shard_cache import ShardCache
+from data_prep.shards import Manifest
+from data_prep.storage import shards_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +63,7 @@ class ShardLoader:
     """Batches of a split, without end or for a number of epochs.
 
     Args:
-        path: manifest.json, or its folder.
+        path: manifest.json, or its folder (or URL).
         batch_size: samples of this rank per step.
         split: `train` or `eval`.
         seed: order of the samples.
@@ -81,7 +77,9 @@ class ShardLoader:
         epochs: stop after so many passes (not together with weights); the last step may be smaller,
             and ranks that find nothing left stop. None: without end.
         shuffle: False gives the shards' order, for evaluation.
-        verify: check each shard's SHA-256 when it is first opened.
+        verify: check each shard's SHA-256 when it is first opened; each of several ranks does so
+            for its share of the shards.
+        prefetch: batches that a thread reads ahead; 0: none, and no thread.
 
     Raises:
         ValueError: manifest or shard missing or corrupt, unknown names, nothing to load.
@@ -102,6 +100,7 @@ class ShardLoader:
         epochs: int | None = None,
         shuffle: bool = True,
         verify: bool = True,
+        prefetch: int = 2,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} must be at least 1")
@@ -109,9 +108,10 @@ class ShardLoader:
             raise ValueError(f"dp_rank={dp_rank} must lie in 0..{dp_size - 1} (dp_size={dp_size})")
         if epochs is not None and weights is not None:
             raise ValueError("epochs has no meaning with weights; give one of them")
-        path = Path(path)
+        if prefetch < 0:
+            raise ValueError(f"prefetch={prefetch} must be at least 0")
         self.manifest = Manifest.load(path)
-        self.folder = path if path.is_dir() else path.parent
+        storage = shards_of(self.manifest, path)
         self.split = split
         self.batch_size, self.dp_rank, self.dp_size = batch_size, dp_rank, dp_size
         self.seed, self.epochs = seed, epochs
@@ -122,19 +122,24 @@ class ShardLoader:
         ]
         if not records:
             raise ValueError(
-                f"no {split} samples of kinds {list(kinds) if kinds else 'any'} in {self.folder}; "
+                f"no {split} samples of kinds {list(kinds) if kinds else 'any'} in {storage.url}; "
                 f"it holds {sorted({r.kind for r in self.manifest.splits.get(split, ())})}"
             )
-        self._pools = _make_pools(records, weights, weights_key, seed=seed, shuffle=shuffle)
-        self._shuffle = shuffle
-        self._shards = _ShardCache(self.folder, verify=verify, max_open=4 * _GROUP)
-        self._block = _block_counts(self._pools, weights)
+        self._index = SampleIndex(records, weights, weights_key, seed=seed, shuffle=shuffle)
+        own = {r.path for n, r in enumerate(records) if verify and n % dp_size == dp_rank}
+        self._shards = ShardCache(
+            storage, verify=lambda record: record.path in own, max_open=4 * GROUP
+        )
         self._consumed = 0
+        self._prefetch = prefetch
+        self._thread: ThreadPoolExecutor | None = None
+        self._ahead: deque[tuple[int, Future[Batch | None]]] = deque()
+        self._lock = threading.Lock()
 
     @property
     def num_samples(self) -> int:
         """Samples of one epoch, over all ranks."""
-        return sum(pool.num_samples for pool in self._pools)
+        return self._index.num_samples
 
     @property
     def consumed(self) -> int:
@@ -142,8 +147,11 @@ class ShardLoader:
         return self._consumed
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the loader stands; the same on every rank after the same number of steps."""
-        return {"consumed": self._consumed, "seed": self.seed, "identity": self._identity()}
+        """Where the loader stands; the same on every rank after the same number of steps.
+
+        Batches that were read ahead and not handed out do not count.
+        """
+        return {"consumed": self._consumed, "seed": self.seed, "identity": self._identity}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on where `state_dict` was taken, with any number of ranks.
@@ -151,7 +159,7 @@ class ShardLoader:
         Raises:
             ValueError: the state belongs to other shards, another split, seed or mixture.
         """
-        for name, own in (("seed", self.seed), ("identity", self._identity())):
+        for name, own in (("seed", self.seed), ("identity", self._identity)):
             if state.get(name) != own:
                 raise ValueError(
                     f"loader state has {name}={state.get(name)!r}, this loader {own!r}: it belongs "
@@ -163,207 +171,60 @@ class ShardLoader:
         return self
 
     def __next__(self) -> Batch:
-        stride = self.batch_size * self.dp_size
         first = self._consumed
-        last = first + stride
-        if self.epochs is not None:
-            last = min(last, self.epochs * self.num_samples)
-        if first >= last:
+        batch = self._from_thread(first) if self._prefetch else self._batch(first)
+        if batch is None:
             raise StopIteration
+        self._consumed = self._end(first)
+        return batch
+
+    def sample(self, number: int) -> Sample:
+        """The sample of a global number."""
+        with self._lock:
+            record, index = self._index.locate(number)
+            return self._shards.read(record, index)
+
+    def close(self) -> None:
+        """End the thread and close the shards; the loader can go on afterwards."""
+        self._ahead.clear()
+        if self._thread is not None:
+            self._thread.shutdown(wait=True, cancel_futures=True)
+            self._thread = None
+        with self._lock:
+            self._shards.close()
+
+    @property
+    def _identity(self) -> str:
+        return self._index.identity(self.split)
+
+    def _end(self, first: int) -> int:
+        """The number behind the step that begins with sample `first`."""
+        last = first + self.batch_size * self.dp_size
+        return last if self.epochs is None else min(last, self.epochs * self.num_samples)
+
+    def _batch(self, first: int) -> Batch | None:
+        """This rank's part of the step that begins with sample `first`; None: nothing is left."""
+        last = self._end(first)
         mine = range(
             min(first + self.dp_rank * self.batch_size, last),
             min(first + (self.dp_rank + 1) * self.batch_size, last),
         )
-        if not mine:
-            raise StopIteration
-        samples = [self.sample(number) for number in mine]
-        self._consumed = last
-        return collate(samples)
+        return collate([self.sample(number) for number in mine]) if mine else None
 
-    def sample(self, number: int) -> Sample:
-        """The sample of a global number."""
-        pool_number, cursor = self._locate(number)
-        record, index = self._pools[pool_number].locate(cursor)
-        return self._shards.read(record, index)
-
-    def _locate(self, number: int) -> tuple[int, int]:
-        """Global number -> (pool, number within the pool)."""
-        counts, size = self._block, int(self._block.sum())
-        block, within = divmod(number, size)
-        labels, ranks = _block_order(self.seed, block, tuple(counts.tolist()), self._shuffle)
-        pool = int(labels[within])
-        return pool, block * int(counts[pool]) + int(ranks[within])
-
-    def _identity(self) -> str:
-        """A short hash of everything beside the seed that decides which sample has which number."""
-        digest = hashlib.sha256(repr((self.split, self._block.tolist(), self._shuffle)).encode())
-        for pool in self._pools:
-            for record in pool.records:
-                digest.update(f"{record.path} {record.sha256}\n".encode())
-            digest.update(b"\n")
-        return digest.hexdigest()[:16]
-
-
-class _Pool:
-    """Shards that are drawn from together: number within the pool -> (shard, place)."""
-
-    def __init__(
-        self, records: list[ShardRecord], *, seed: int, number: int, shuffle: bool
-    ) -> None:
-        self.records = records
-        self.num_samples = sum(record.num_samples for record in records)
-        self._key = (seed, number)
-        self._shuffle = shuffle
-        self._epoch: tuple[int, NDArray[np.int64], NDArray[np.int64]] | None = None
-        self._group: tuple[tuple[int, int], NDArray[np.int64]] | None = None
-
-    def locate(self, cursor: int) -> tuple[ShardRecord, int]:
-        epoch, within = divmod(cursor, self.num_samples)
-        order, ends = self._shard_order(epoch)
-        # Groups of consecutive shards in this epoch's order are shuffled as one.
-        place = int(np.searchsorted(ends, within, side="right"))
-        group = place // _GROUP
-        first = group * _GROUP
-        base = int(ends[first - 1]) if first else 0
-        if self._shuffle:
-            within = base + int(self._group_order(epoch, group, base, ends)[within - base])
-            place = int(np.searchsorted(ends, within, side="right"))
-        start = int(ends[place - 1]) if place else 0
-        return self.records[int(order[place])], within - start
-
-    def _shard_order(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        if self._epoch is None or self._epoch[0] != epoch:
-            order = np.arange(len(self.records))
-            if self._shuffle:
-                order = np.random.default_rng([*self._key, epoch]).permutation(order)
-            ends = np.cumsum([self.records[int(i)].num_samples for i in order])
-            self._epoch = (epoch, order, ends)
-        return self._epoch[1], self._epoch[2]
-
-    def _group_order(
-        self, epoch: int, group: int, base: int, ends: NDArray[np.int64]
-    ) -> NDArray[np.int64]:
-        if self._group is None or self._group[0] != (epoch, group):
-            last = min((group + 1) * _GROUP, len(ends)) - 1
-            rng = np.random.default_rng([*self._key, epoch, 1 + group])
-            self._group = ((epoch, group), rng.permutation(int(ends[last]) - base))
-        return self._group[1]
-
-
-def _make_pools(
-    records: list[ShardRecord],
-    weights: Mapping[str, float] | None,
-    weights_key: str,
-    *,
-    seed: int,
-    shuffle: bool,
-) -> list[_Pool]:
-    """One pool for each source, or for each weighted name."""
-    groups: dict[str, list[ShardRecord]] = {}
-    if weights is None:
-        for record in records:
-            groups.setdefault(record.source, []).append(record)
-    else:
-        sources = {record.source for record in records}
-        for name, weight in weights.items():
-            if not weight > 0:
-                raise ValueError(
-                    f"{weights_key}.{name}={weight} must be above 0; leave it out for none"
-                )
-            groups[name] = [r for r in records if name == (r.source if name in sources else r.kind)]
-            if not groups[name]:
-                known = sorted(sources | {record.kind for record in records})
-                raise ValueError(
-                    f"{weights_key}.{name}={weight} is the share of {name!r}, which is none of"
-                    f" {', '.join(known)}; name one of these, or add the source to data.sources"
-                    " and prepare again"
-                )
-    return [
-        _Pool(group, seed=seed, number=number, shuffle=shuffle)
-        for number, group in enumerate(groups.values())
-    ]
-
-
-def _block_counts(pools: list[_Pool], weights: Mapping[str, float] | None) -> NDArray[np.int64]:
-    """Samples of each pool in a block: an epoch without weights, else `_BLOCK` by weight."""
-    if weights is None:
-        return np.asarray([pool.num_samples for pool in pools], dtype=np.int64)
-    share = np.asarray(list(weights.values()), dtype=np.float64)
-    exact = _BLOCK * share / share.sum()
-    counts = np.maximum(np.floor(exact), 1).astype(np.int64)
-    missing = _BLOCK - int(counts.sum())
-    for i in np.argsort(counts - exact, kind="stable")[: max(missing, 0)]:
-        counts[i] += 1
-    return counts
-
-
-@lru_cache(maxsize=4)
-def _block_order(
-    seed: int, block: int, counts: tuple[int, ...], shuffle: bool
-) -> tuple[NDArray[np.int16], NDArray[np.int64]]:
-    """Pool of each place in a block, and how many of that pool came before it in the block."""
-    labels = np.repeat(np.arange(len(counts), dtype=np.int16), counts)
-    if shuffle:
-        labels = np.random.default_rng([seed, block, 7]).permutation(labels)
-    ranks = np.empty(len(labels), dtype=np.int64)
-    for pool, count in enumerate(counts):
-        ranks[labels == pool] = np.arange(count)
-    return labels, ranks
-
-
-class _ShardCache:
-    """Open shards with their index, least recently used out first."""
-
-    def __init__(self, folder: Path, *, verify: bool, max_open: int) -> None:
-        self._folder = folder
-        self._verify = verify
-        self._max_open = max_open
-        self._verified: set[str] = set()
-        self._open: OrderedDict[str, tuple[io.BufferedReader, list[dict[str, tuple[int, int]]]]] = (
-            OrderedDict()
-        )
-
-    def read(self, record: ShardRecord, index: int) -> Sample:
-        entry = self._open.get(record.path)
-        if entry is None:
-            entry = self._open_shard(record)
-            self._open[record.path] = entry
-            if len(self._open) > self._max_open:
-                _, (stream, _) = self._open.popitem(last=False)
-                stream.close()
-        else:
-            self._open.move_to_end(record.path)
-        stream, members = entry
-        return read_sample(stream, members[index], f"{record.path}, sample {index}")
-
-    def _open_shard(
-        self, record: ShardRecord
-    ) -> tuple[io.BufferedReader, list[dict[str, tuple[int, int]]]]:
-        file = self._folder / record.path
-        if not file.is_file():
-            raise ValueError(f"shard {file} is missing; run stage=prepare again to write it")
-        size = file.stat().st_size
-        if size != record.num_bytes:
-            raise ValueError(
-                f"shard {file} has {size} bytes, the manifest says {record.num_bytes}; "
-                "delete it and run stage=prepare again"
-            )
-        if self._verify and record.path not in self._verified:
-            if file_sha256(file) != record.sha256:
-                raise ValueError(
-                    f"shard {file} does not match the manifest's sha256; delete it and run "
-                    "stage=prepare again"
-                )
-            self._verified.add(record.path)
-        stream = open(file, "rb")  # noqa: SIM115 - stays open in the cache
-        members = index_shard(stream, record.path)
-        if len(members) != record.num_samples:
-            stream.close()
-            raise ValueError(
-                f"shard {file} holds {len(members)} samples, the manifest says "
-                f"{record.num_samples}; delete it and run stage=prepare again"
-            )
-        return stream, members
+    def _from_thread(self, first: int) -> Batch | None:
+        """The same, read by the thread, which then goes on reading ahead."""
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="shards")
+        if self._ahead and self._ahead[0][0] != first:  # the state was set anew
+            self._ahead.clear()
+        after = self._end(self._ahead[-1][0]) if self._ahead else first
+        while len(self._ahead) <= self._prefetch:
+            self._ahead.append((after, self._thread.submit(self._batch, after)))
+            if self._end(after) == after:
+                break
+            after = self._end(after)
+        _, batch = self._ahead.popleft()
+        return batch.result()
 
 
 def collate(samples: Sequence[Sample]) -> Batch:

@@ -16,16 +16,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from data_prep.config import PrepareConfig
+from data_prep.counts import share_samples, summary
 from data_prep.engine import documents, write
 from data_prep.engine.documents import PortableTokenizer
 from data_prep.engine.encode import EncodePhase, Progress
 from data_prep.engine.plan import StreamPlan, make_plans
 from data_prep.engine.pool import Pool, choose_processes
 from data_prep.engine.streams import Stream, list_streams
-from data_prep.engine.workers import MissingUnits, Say, WorkersMissingError, owner_of
+from data_prep.engine.workers import Missing, MissingUnits, Say, WorkersMissingError, owner_of
 from data_prep.engine.workers import wait_for_others as wait
 from data_prep.engine.write import ShardTask, existing, list_shards
 from data_prep.shards import MANIFEST_NAME, Manifest, ShardRecord
@@ -237,7 +236,7 @@ class _Preparation:
         wait(
             self.config,
             "filler texts",
-            lambda: [turn for turn, path in enumerate(order) if not path.is_file()],
+            lambda: Missing([turn for turn, path in enumerate(order) if not path.is_file()]),
             self.say,
         )
         return {
@@ -337,7 +336,7 @@ class _Preparation:
             same = [t.number for t in own if t.split == task.split]
             self.progress(f"{task.split} shards", same.index(task.number) + 1, len(same))
 
-    def _missing(self, tasks: Sequence[ShardTask], records: dict[str, ShardRecord]) -> list[int]:
+    def _missing(self, tasks: Sequence[ShardTask], records: dict[str, ShardRecord]) -> Missing:
         """Numbers of shards that are not there; records of those that are go into `records`."""
         missing = []
         names = {split: self.storage.names(split) for split in SPLITS}
@@ -353,7 +352,7 @@ class _Preparation:
                 missing.append(number)
             else:
                 records[task.name] = record
-        return missing
+        return Missing(missing)
 
     def _finish(self, manifest: Manifest) -> None:
         """The manifest, beside the shards and in the stage's folder; work files go."""
@@ -369,48 +368,3 @@ class _Preparation:
         if not self.config.keep_work:
             with contextlib.suppress(FileNotFoundError):  # another worker does the same
                 shutil.rmtree(self.work.parent)
-
-
-def share_samples(config: PrepareConfig, split: str) -> list[int | None]:
-    """How many samples each source gives: by weight; None (all) where no number is asked.
-
-    Raises:
-        ValueError: a generated source without a number.
-    """
-    wanted = config.train_samples if split == "train" else config.eval_samples
-    if wanted is None:
-        for source in config.sources:
-            if source.generated:
-                raise ValueError(
-                    f"source {source.name} is generated without end; set data.{split}_samples"
-                )
-        return [None] * len(config.sources)
-    shares = [
-        source.weight if split == "train" or source.eval_weight is None else source.eval_weight
-        for source in config.sources
-    ]
-    if not any(shares):
-        raise ValueError("eval_weight is 0 for every source; leave it out for one of them")
-    weights = np.asarray(shares, dtype=np.float64)
-    exact = wanted * weights / weights.sum()
-    counts = np.floor(exact).astype(int)
-    # Largest remainders first; ties by position.
-    for i in np.argsort(counts - exact, kind="stable")[: wanted - int(counts.sum())]:
-        counts[i] += 1
-    return [int(count) for count in counts]
-
-
-def summary(manifest: Manifest) -> list[dict[str, Any]]:
-    """One row for each split and source: samples, tokens, loss tokens, shards."""
-    rows: dict[tuple[str, str], dict[str, Any]] = {}
-    for split, records in manifest.splits.items():
-        for record in records:
-            row = rows.setdefault(
-                (split, record.source),
-                {"split": split, "source": record.source, "kind": record.kind}
-                | dict.fromkeys(("num_shards", "num_samples", "num_tokens", "num_loss_tokens"), 0),
-            )
-            row["num_shards"] += 1
-            for name in ("num_samples", "num_tokens", "num_loss_tokens"):
-                row[name] += dataclasses.asdict(record)[name]
-    return list(rows.values())

@@ -17,7 +17,7 @@ import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -220,7 +220,7 @@ def decode_sample(members: dict[str, bytes], where: str) -> Sample:
         raise ValueError(f"{where} is broken: {error}; run stage=prepare again") from error
 
 
-def index_shard(data: io.BufferedReader, name: str) -> list[dict[str, tuple[int, int]]]:
+def index_shard(data: BinaryIO, name: str) -> list[dict[str, tuple[int, int]]]:
     """Where each sample's members lie in an open tar file: part -> (offset, size).
 
     Raises:
@@ -252,7 +252,7 @@ def index_shard(data: io.BufferedReader, name: str) -> list[dict[str, tuple[int,
     return list(samples.values())
 
 
-def _check_end(data: io.BufferedReader, name: str) -> None:
+def _check_end(data: BinaryIO, name: str) -> None:
     """A whole archive is made of records and ends with two empty blocks."""
     size = data.seek(0, os.SEEK_END)
     if size and size % tarfile.RECORDSIZE == 0:
@@ -271,11 +271,16 @@ def _check_end(data: io.BufferedReader, name: str) -> None:
 def read_shard(path: Path) -> Iterator[Sample]:
     """All samples of a shard, in order."""
     with open(path, "rb") as stream:
-        for number, parts in enumerate(index_shard(stream, path.name)):
-            yield read_sample(stream, parts, f"{path.name}, sample {number}")
+        yield from read_samples(stream, path.name)
 
 
-def read_sample(stream: io.BufferedReader, parts: dict[str, tuple[int, int]], where: str) -> Sample:
+def read_samples(stream: BinaryIO, name: str) -> Iterator[Sample]:
+    """All samples of an open shard, in order."""
+    for number, parts in enumerate(index_shard(stream, name)):
+        yield read_sample(stream, parts, f"{name}, sample {number}")
+
+
+def read_sample(stream: BinaryIO, parts: dict[str, tuple[int, int]], where: str) -> Sample:
     """One sample of an open shard by its index entry."""
     descriptor = stream.fileno()
     members = {part: os.pread(descriptor, size, at) for part, (at, size) in parts.items()}

@@ -13,7 +13,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, Protocol
 
 from data_prep.atomic import PARTIAL, atomic_file
 from data_prep.shards import Manifest, file_sha256
@@ -73,7 +73,7 @@ class Storage(Protocol):
         """Deletes what killed processes of this owner left half written."""
         ...
 
-    def open(self, name: str) -> BinaryIO:
+    def open(self, name: str) -> io.BufferedReader:
         """A file that is open for reading and has a descriptor (`fileno`).
 
         Raises:
@@ -135,7 +135,7 @@ class LocalStorage:
         for path in (self.folder / folder).glob(f"*{self._owner}{PARTIAL}"):
             path.unlink(missing_ok=True)
 
-    def open(self, name: str) -> BinaryIO:
+    def open(self, name: str) -> io.BufferedReader:
         """As `Storage` says."""
         return open(self.folder / name, "rb")
 
@@ -224,7 +224,7 @@ class RemoteStorage:
         """Nothing to do: a file without its record does not count and is written again."""
         del folder
 
-    def open(self, name: str) -> BinaryIO:
+    def open(self, name: str) -> io.BufferedReader:
         """As `Storage` says: a local copy, gone when it is closed (or the process ends)."""
         local = tempfile.TemporaryFile(prefix="allmem-")  # noqa: SIM115 - the caller closes it
         try:

@@ -75,6 +75,13 @@ def _report(error: BaseException, debug: bool) -> int:
 def _run(config: RunConfig) -> int:
     if config.stage.name == "plan":
         return _plan(config)
+    if config.data.num_workers > 1 and config.stage.name != "prepare":
+        raise ValueError(
+            f"data.num_workers={config.data.num_workers} shares the work of stage=prepare alone; "
+            f"stage={config.stage.name} needs it left out"
+        )
+    if config.data.worker_rank > 0:
+        return _assist(config)
     import torch
 
     from allmem_megatron.parallel import init_model_parallel
@@ -95,7 +102,7 @@ def _run(config: RunConfig) -> int:
             init_model_parallel(parallel.tp, parallel.cp)
             seed_everything(config.run.seed)
             run_dir = Path(config.run.dir)
-            with _only_user(run_dir) if ranks.is_main else contextlib.nullcontext():
+            with _only_user(run_dir, config) if ranks.is_main else contextlib.nullcontext():
                 wanted = config.stage.name
                 for entry in config.stages if wanted == "all" else (wanted,):
                     _run_stage(config, entry, run_dir, ranks, crew)
@@ -143,6 +150,19 @@ def _plan(config: RunConfig) -> int:
     return 0
 
 
+def _assist(config: RunConfig) -> int:
+    """A worker of `stage=prepare` beside worker 0: one process without a process group."""
+    from pipeline.stages.prepare import assist
+
+    try:
+        with _only_user(Path(config.run.dir), config):
+            assist(config)
+    except StopRequested as request:
+        print(request, file=sys.stderr)
+        return EXIT_REQUEUE
+    return 0
+
+
 def _leave() -> None:
     """End the process group; only at the process's end, for DeepSpeed keeps groups by itself."""
     if "torch" in sys.modules:
@@ -152,20 +172,30 @@ def _leave() -> None:
 
 
 @contextlib.contextmanager
-def _only_user(run_dir: Path) -> Iterator[None]:
+def _only_user(run_dir: Path, config: RunConfig) -> Iterator[None]:
     """Hold the run's folder for this process, so that no two write the same files.
+
+    Workers of `stage=prepare` share the folder with each other, each rank once.
 
     Raises:
         ValueError: another process has it.
     """
+    data = config.data
+    locks = [(run_dir / ".lock", fcntl.LOCK_SH if data.num_workers > 1 else fcntl.LOCK_EX)]
+    if data.num_workers > 1:
+        name = f".lock.worker{data.worker_rank}of{data.num_workers}"
+        locks.append((run_dir / name, fcntl.LOCK_EX))
     run_dir.mkdir(parents=True, exist_ok=True)
-    with (run_dir / ".lock").open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"run.dir={run_dir} is in use by another process; wait for it or set another one"
-            ) from None
+    with contextlib.ExitStack() as stack:
+        for path, kind in locks:
+            file = stack.enter_context(path.open("a"))
+            try:
+                fcntl.flock(file, kind | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(
+                    f"run.dir={run_dir} is in use by another process ({path.name}); wait for it or "
+                    "set another one"
+                ) from None
         yield
 
 

@@ -58,7 +58,7 @@ def check_tokenizer(config: RunConfig, data_dir: Path) -> None:
     Raises:
         ValueError: the tokenizer was replaced since `prepare`, or cannot be read.
     """
-    without = config.data.tokenizer is None and config.model.path is None
+    without = not config.data.tokenizer and config.model.path is None
     if without or not (data_dir / MANIFEST_NAME).is_file():
         return
     if Manifest.load(data_dir).tokenizer_hash != tokenizer_hash(open_tokenizer(config)):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from data_prep.config import PrepareConfig
@@ -25,15 +26,25 @@ def owner_of(config: PrepareConfig) -> str:
     return f".worker{config.worker_rank}of{config.num_workers}"
 
 
+@dataclass(frozen=True)
+class Missing:
+    """What others have to do."""
+
+    tasks: Sequence[int]
+    """Numbers of tasks; task n is worker n % num_workers' to do."""
+    done: int = 0
+    """Grows as they get on with it."""
+
+
 def wait_for_others(
-    config: PrepareConfig, what: str, missing: Callable[[], Iterable[int]], say: Say | None
+    config: PrepareConfig, what: str, missing: Callable[[], Missing], say: Say | None
 ) -> None:
     """Returns when nothing is missing.
 
     Args:
         config: `wait_s` and the workers.
         what: that is waited for, in words.
-        missing: numbers of tasks that are not done; task n is worker n % num_workers' to do.
+        missing: looks.
         say: told every half minute.
 
     Raises:
@@ -41,21 +52,21 @@ def wait_for_others(
     """
     pause, longest = _POLL_S
     last_change = last_said = time.monotonic()
-    before: int | None = None
-    while tasks := list(missing()):
+    before: tuple[int, int] | None = None
+    while (found := missing()).tasks:
         now = time.monotonic()
-        if len(tasks) != before:
-            before, last_change = len(tasks), now
-        workers = sorted({task % config.num_workers for task in tasks})
+        if (len(found.tasks), found.done) != before:
+            before, last_change = (len(found.tasks), found.done), now
+        workers = sorted({task % config.num_workers for task in found.tasks})
         words = (
-            f"{len(tasks)} {what} of worker{'s' if len(workers) > 1 else ''} "
+            f"{len(found.tasks)} {what} of worker{'s' if len(workers) > 1 else ''} "
             f"{', '.join(map(str, workers[:20]))}{' …' if len(workers) > 20 else ''}"
         )
         if now - last_change >= config.wait_s:
             raise WorkersMissingError(
                 f"worker {config.worker_rank} of {config.num_workers} has done its part; missing: "
-                f"{words}; run stage=prepare with data.worker_rank={workers[0]} (and the others), "
-                "then this one again"
+                f"{words}; run stage=prepare with data.worker_rank={workers[0]} too, then this one "
+                "again"
             )
         if say is not None and now - last_said >= _SAY_EVERY_S:
             say(f"worker {config.worker_rank}: waiting for {words}")
@@ -75,15 +86,17 @@ class MissingUnits:
     def __init__(self, streams: list[Stream], work: Path) -> None:
         self._streams, self._work = streams, work
         self._whole: dict[tuple[int, int], Used] = {}
+        self._parts = 0
 
-    def __call__(self) -> list[int]:
-        """Their numbers, counted over all streams."""
+    def __call__(self) -> Missing:
+        """Their numbers, counted over all streams; `done` counts their parts."""
         found: list[int] = []
         offset = 0
+        self._parts = 0
         for stream in self._streams:
             found += [offset + unit for unit in self._of(stream)]
             offset += len(stream.units)
-        return found
+        return Missing(found, self._parts)
 
     def _of(self, stream: Stream) -> list[int]:
         """Missing units of a stream before its cut."""
@@ -93,6 +106,7 @@ class MissingUnits:
             key = (stream.number, unit)
             if key not in self._whole:
                 state = unit_state(self._work, stream, unit, stamp=None)
+                self._parts += len(state.parts)
                 if state.complete:
                     self._whole[key] = state.used
             if key in self._whole:

@@ -3,43 +3,75 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
+from pathlib import Path
 
-from data_prep.prepare import prepare_shards, summary
+from data_prep.prepare import WorkersMissingError, prepare_shards, summary
 from data_prep.shards import MANIFEST_NAME, Manifest
+from pipeline.console import Reporter
 from pipeline.context import StageContext
-from pipeline.distributed import on_main
+from pipeline.distributed import barrier, on_main
 from pipeline.models import check_base
 from pipeline.schema import RunConfig
-from pipeline.survival import stop
+from pipeline.survival import StopRequested, stop
 from pipeline.tokenizer import open_tokenizer
 from pipeline.wording import count
 
 
 def run(config: RunConfig, context: StageContext) -> None:
-    """Write the shards of `config.data` into the stage's folder, on rank 0.
+    """Write the shards of `config.data`; the ranks, or the workers of `data.num_workers`, share it.
 
     Raises:
         ValueError: no base model, one that does not fit the configuration, no tokenizer, an
             unreadable source, too few samples, or shards of another configuration in the folder.
-        OSError: the disk is full; finished shards are kept.
-        StopRequested: the run was asked to stop; finished shards are kept.
+        OSError: the disk is full; finished work is kept.
+        StopRequested: the run was asked to stop, or other workers have not done their part;
+            finished work is kept.
     """
-    on_main(context.ranks, lambda: _prepare(config, context))
-
-
-def _prepare(config: RunConfig, context: StageContext) -> None:
     started = time.perf_counter()
-    check_base(config)
-    tokenizer = open_tokenizer(config)
-    with context.reporter.progress(f"{context.entry}:", None) as advance, stop.interrupting():
-        manifest = prepare_shards(
-            config.data,
-            context.data_dir,
-            tokenizer=tokenizer,
-            progress=lambda what, done, total: advance(done, what, total),
-        )
+    ranks = context.ranks
+    on_main(ranks, lambda: check_base(config))
+    if ranks.world_size > 1:
+        if config.data.num_workers > 1:
+            raise ValueError(
+                f"data.num_workers={config.data.num_workers} is for separate processes, this run "
+                f"has {ranks.world_size} ranks that share the work already; leave it out"
+            )
+        data = replace(config.data, num_workers=ranks.world_size, worker_rank=ranks.rank)
+        config = replace(config, data=data)
+    manifest = _prepare(config, context.data_dir, context.entry, context.reporter)
+    barrier()
     context.artifact(context.data_dir / MANIFEST_NAME)
-    _report(manifest, context, time.perf_counter() - started)
+    if ranks.is_main:
+        _report(manifest, context, time.perf_counter() - started)
+
+
+def assist(config: RunConfig) -> None:
+    """The part of a worker beside worker 0: text and shards, but no metrics, MLflow or DONE.json.
+
+    Raises:
+        ValueError, OSError, StopRequested: as `run`.
+    """
+    check_base(config)
+    reporter = Reporter(every_s=config.run.log_every_s)
+    entry = f"prepare, worker {config.data.worker_rank}"
+    _prepare(config, Path(config.run.dir) / "prepare", entry, reporter)
+    reporter.say(f"{entry}: complete; worker 0 ends the stage")
+
+
+def _prepare(config: RunConfig, folder: Path, entry: str, reporter: Reporter) -> Manifest:
+    tokenizer = open_tokenizer(config)
+    with reporter.progress(f"{entry}:", None) as advance, stop.interrupting():
+        try:
+            return prepare_shards(
+                config.data,
+                folder,
+                tokenizer=tokenizer,
+                progress=lambda what, done, total: advance(done, what, total),
+                say=reporter.say,
+            )
+        except WorkersMissingError as error:
+            raise StopRequested(f"{entry}: {error}") from error
 
 
 def _report(manifest: Manifest, context: StageContext, seconds: float) -> None:
