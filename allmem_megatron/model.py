@@ -34,7 +34,7 @@ from allmem_megatron.layer_specs import block_spec, transformer_config
 from allmem_megatron.mamba2 import Mamba2Branch
 from allmem_megatron.parallel import ensure_model_parallel
 from allmem_megatron.rotary import cos_sin, inverse_frequencies, positions_within_documents
-from allmem_megatron.sharding import tag_tensor_parallel
+from allmem_megatron.sharding import part_of, tag_tensor_parallel
 
 _BRANCH_PREFIX = ".self_attention.memory."
 
@@ -248,12 +248,13 @@ class AllMemGPTModel(GPTModel):
         """Mean |alpha| over channels per layer; mean eta and mu of the last forward pass.
 
         Keys: "alpha_abs/layer_00", …, "alpha_abs/mean", and "eta/mean", "mu/mean" ("dt/mean" for
-        mamba2) once a pass has used the branch. Numbers are this rank's heads'.
+        mamba2) once a pass has used the branch. Numbers are this rank's heads'. Under ZeRO-3 all
+        ranks make this call.
         """
         branches = [mixer.memory for mixer in self.mixers() if mixer.memory is not None]
         if not branches:
             return {}
-        alphas = [float(branch.alpha.detach().float().abs().mean()) for branch in branches]
+        alphas = [float(part_of(branch.alpha).float().abs().mean()) for branch in branches]
         statistics = {f"alpha_abs/layer_{i:02d}": alpha for i, alpha in enumerate(alphas)}
         statistics["alpha_abs/mean"] = sum(alphas) / len(alphas)
         for branch in branches:
