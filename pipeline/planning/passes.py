@@ -181,7 +181,8 @@ def _run(
     batch = _micro_batch(task)
     tracker.leave_out((*objective.model.parameters(), *objective.model.buffers()))
     with tracker, planned(task.kind), objective.active(task.mixer):
-        loss, _ = objective(batch)
+        with objective.step(objective, [batch], 1.0):
+            loss, _ = objective(batch)
         tracker.enter("backward")
         backward(loss)
         del loss

@@ -94,8 +94,11 @@ def states(
             gradients=gradients,
             gathered=all_of_them,
             growth=element if z == 1 else 0,
-            reduction=gradients + all_of_them + 2 * element * p,
-            step=gradients + 8 * p / z,
+            reduction=gradients
+            + all_of_them
+            + 2 * element * p
+            + (4 * p if z == 1 and element == 2 else 0),
+            step=gradients + 12 * p / z,
         )
     weights = (p + frozen) * element
     if zero_stage == 1 and element == 2:  # DeepSpeed's bfloat16 optimizer: no bucket
@@ -110,10 +113,12 @@ def states(
         )
     carried = (4 * p if zero_stage == 1 else 4 * p / z) if several else 0.0
     formed = 0.0 if several and zero_stage == 1 else float(element)
-    if z == 1:
-        reduction = carried + 2 * element * p + (4 * p if element == 2 else 0)
-    else:
-        reduction = carried + buffers + element * p + (4 * p / z if element == 2 else 0)
+    # the gradients themselves, and a flat copy or the buffer
+    reduction = (
+        4 * p + (buffers or 4 * p) if zero_stage == 1 else element * p + (buffers or element * p)
+    )
+    if zero_stage == 2:  # and what this rank keeps of them, in float32
+        reduction += 4 * p / z if element == 2 else carried
     return States(
         weights=weights,
         optimizer=optimizer,

@@ -157,6 +157,11 @@ class MemoryTracker(TorchDispatchMode):
         """Do not count these, or views of them: weights, which are counted by their sizes."""
         self._outside.update(tensor.untyped_storage()._cdata for tensor in tensors)
 
+    def count(self, tensors: Iterable[Tensor]) -> None:
+        """Count tensors that were there before."""
+        for tensor in tensors:
+            self._add(tensor)
+
     def enter(self, name: str) -> None:
         """What follows belongs to phase `name`."""
         if self.phases:
