@@ -1,0 +1,1 @@
+"""The memory's scan in Triton; import it only where Triton is installed."""

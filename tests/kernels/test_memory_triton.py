@@ -1,0 +1,168 @@
+"""The Triton kernels against the reference in float64: interpreted on a CPU, compiled on a GPU.
+
+Every tensor that the kernels are to fill is NaN before: what they leave out shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.ttt_memory import FastWeights, memory_scan, reference
+
+pytest.importorskip("triton", reason="pip install triton (Linux) to test the Triton kernels")
+from kernels.ttt_memory.triton_backend import launch
+from kernels.ttt_memory.triton_backend import scan as triton_scan
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+BOUND = 1e-5
+"""‖out − ref‖ / ‖ref‖ in float32."""
+
+
+@pytest.fixture
+def nan_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.empty gives NaN."""
+
+    def filled(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(*args: Any, **kwargs: Any) -> Tensor:
+            out = make(*args, **kwargs)
+            return out.fill_(float("nan")) if out.is_floating_point() else out
+
+        return call
+
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, filled(getattr(torch, name)))
+    monkeypatch.setattr(Tensor, "new_empty", filled(Tensor.new_empty))
+
+
+def everything(
+    run: Callable[..., Any], tensors: list[Tensor], *, split: int | None, **options: Any
+) -> list[Tensor]:
+    """Output, state and the gradients of all inputs, for one random linear loss of them all."""
+    leaves = [x.detach().clone().requires_grad_() for x in tensors]
+    inputs, weights = leaves[:5], FastWeights(*leaves[5:])
+    if split is None:
+        out, state = run(*inputs, weights, **options)
+    else:
+        first, state = run(*(x[:, :split] for x in inputs), weights, **options)
+        second, state = run(*(x[:, split:] for x in inputs), weights, state, **options)
+        out = torch.cat([first, second], 1)
+    found = [out, *state.weights, *state.momentum, *state.pending()]
+    generator = torch.Generator().manual_seed(7)
+    loss = torch.zeros((), dtype=torch.float64, device=out.device)
+    for x in found:
+        factor = torch.randn(x.shape, generator=generator, dtype=torch.float64)
+        loss = loss + (x.double() * factor.to(x.device)).sum()
+    return [*found, *torch.autograd.grad(loss, leaves)]
+
+
+CASES = {
+    "rows": {"rows": 2, "tokens": 40},
+    "rest-of-a-chunk": {"tokens": 37},
+    "shorter-than-a-chunk": {"tokens": 5},
+    "packed": {"tokens": 50, "bounds": [0, 5, 5, 23, 50]},
+    "packed-no-chunk-complete": {"tokens": 14, "bounds": [0, 6, 14], "chunk": 16},
+    "width-24": {"tokens": 20, "width": 24},
+    "hidden-of-one-width": {"tokens": 20, "hidden": 16},
+    "clip": {"tokens": 34, "clip": 0.5},
+    "clip-never-reached": {"tokens": 18, "clip": 1e4},
+    "decay": {"tokens": 34, "decay": 0.1},
+    "chunk-beyond-a-block": {"tokens": 150, "chunk": 70, "heads": 1},
+    "two-calls": {"rows": 2, "tokens": 41, "split": 19},
+    "two-calls-within-a-chunk": {"tokens": 12, "split": 3},
+    "chunk-of-one-token": {"tokens": 6, "chunk": 1},
+    "states-made-again": {"tokens": 100, "rows": 2, "state_bytes": 1},
+    "states-made-again-packed": {
+        "tokens": 150,
+        "bounds": [0, 5, 70, 150],
+        "state_bytes": 1,
+        "heads": 1,
+    },
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.usefixtures("nan_memory")
+def test_outputs_states_and_gradients_equal_the_reference_in_float64(
+    memory_inputs: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    case: str,
+) -> None:
+    settings = {"rows": 1, "heads": 2, "width": 16, "chunk": 8, "split": None, **CASES[case]}
+    if "state_bytes" in settings:
+        monkeypatch.setattr(triton_scan, "STATE_BYTES", settings["state_bytes"])
+    width = settings["width"]
+    inputs, weights = memory_inputs(
+        settings["rows"], settings["tokens"], settings["heads"], width,
+        settings.get("hidden", 2 * width),
+    )  # fmt: skip
+    inputs[3][:, 2:4] = 0.0  # padding
+    bounds = settings.get("bounds")
+    options = {
+        "chunk_size": settings["chunk"],
+        "cu_seqlens": None if bounds is None else torch.tensor(bounds),
+        "clip": settings.get("clip"),
+        "decay": settings.get("decay"),
+        "split": settings["split"],
+    }
+    tensors = [*inputs, *weights]
+    wanted = everything(reference.memory_scan, tensors, **options)
+    single = [x.float().to(DEVICE) for x in tensors]
+    found = everything(triton_scan.memory_scan, single, **options)
+    for actual, expected in zip(found, wanted, strict=True):
+        assert actual.shape == expected.shape
+        error = (actual.cpu().double() - expected).norm() / expected.norm().clamp(min=1e-6)
+        assert error <= BOUND
+
+
+def test_two_runs_are_equal_bit_by_bit(memory_inputs: Callable[..., Any]) -> None:
+    inputs, weights = memory_inputs(1, 40, 2, 16, 32, dtype=torch.float32)
+    tensors = [x.to(DEVICE) for x in (*inputs, *weights)]
+    first, second = (
+        everything(triton_scan.memory_scan, tensors, chunk_size=8, split=None) for _ in range(2)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_no_gradient_reaches_a_decay_and_the_error_says_so(
+    memory_inputs: Callable[..., Any],
+) -> None:
+    inputs, weights = memory_inputs(1, 8, 2, 16, 32, dtype=torch.float32)
+    decay = torch.tensor([0.1, 0.2], requires_grad=True)
+    inputs = [x.to(DEVICE) for x in inputs]
+    with pytest.raises(ValueError, match="gives decay no gradient; set backend='reference'"):
+        triton_scan.memory_scan(*inputs, FastWeights(*weights), chunk_size=4, decay=decay)
+
+
+def test_a_cpu_is_refused_unless_interpreted(
+    memory_inputs: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    inputs, weights = memory_inputs(1, 8, 2, 16, 32, dtype=torch.float32)
+    with pytest.raises(ValueError, match="cannot run on cpu; move the tensors to a CUDA device"):
+        memory_scan(*inputs, FastWeights(*weights), chunk_size=4, backend="triton")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", [32, 64, 96, 128, 192, 256])
+@pytest.mark.parametrize("chunk", [16, 512, 1000])
+def test_bfloat16_on_a_gpu_is_within_one_per_cent(
+    memory_inputs: Callable[..., Any], width: int, chunk: int
+) -> None:
+    inputs, weights = memory_inputs(2, 2100, 512 // width or 1, width, 2 * width)
+    inputs[3] *= 8 / chunk
+    low = [x.to("cuda", torch.bfloat16) for x in inputs[:3]]
+    rates = [x.to("cuda", torch.float32) for x in inputs[3:]]
+    start = [x.to("cuda", torch.float32) for x in weights]
+    exact = [x.double() for x in (*low, *rates, *start)]
+    options = {"chunk_size": chunk, "split": None}
+    wanted = everything(reference.memory_scan, exact, **options)
+    found = everything(memory_scan, [*low, *rates, *start], backend="triton", **options)
+    for actual, expected in zip(found, wanted, strict=True):
+        error = (actual.double() - expected).norm() / expected.norm().clamp(min=1e-6)
+        assert error <= 1e-2
