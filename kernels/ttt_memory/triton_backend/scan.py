@@ -41,8 +41,8 @@ def check_device(q: Tensor) -> None:
         )
     if q.dtype not in DTYPES:
         raise ValueError(
-            f"backend='triton' cannot run: no kernel computes in {q.dtype}; give float32 or bfloat16, or set "
-            "backend='reference'"
+            f"backend='triton' cannot run: no kernel computes in {q.dtype}; give float32 or "
+            "bfloat16, or set backend='reference'"
         )
 
 
