@@ -115,8 +115,8 @@ def split_over_ranks(stage: str, phases: Sequence[TrainSettings], dp_size: int) 
         per_rank, rest = divmod(settings.batch_size, dp_size)
         if rest:
             raise ValueError(
-                f"{stage}.batch_size={settings.batch_size} does not split over {dp_size} ranks; "
-                f"set {stage}.batch_size={(per_rank + 1) * dp_size}"
+                f"{stage}.batch_size={settings.batch_size} does not split over {dp_size} "
+                f"data-parallel ranks; set {stage}.batch_size={(per_rank + 1) * dp_size}"
             )
         shares.append(per_rank)
     micro = phases[0].micro_batch_size or shares[0]

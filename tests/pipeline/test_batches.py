@@ -51,3 +51,22 @@ def test_packed_rows_keep_their_borders_when_cut():
 def test_longer_sequences_than_the_shards_are_refused():
     with pytest.raises(ValueError, match=r"convert\.seq_length=8 exceeds the shards' 6 tokens"):
         split_batch(batch(None), 2, 8, "convert")
+
+
+def test_parts_of_a_sequence_keep_the_labels_of_the_whole():
+    (whole,) = split_batch(batch(torch.tensor([0, 2, 6, 12, 15, 18, 24])), 4, None, "convert")
+    parts = [whole.shard(rank, 4) for rank in range(4)]
+    for name in ("tokens", "targets", "labels"):
+        joined = torch.cat([getattr(part, name) for part in parts], dim=1)
+        assert torch.equal(joined, getattr(whole, name))
+    assert parts[0].tokens.tolist() == [[0, 1, 2, 3, 4, 5]]
+    assert parts[0].labels.tolist() == [[1, 2, 3, 4, 5, 6]]  # the last one stands in the next part
+    assert not parts[0].targets[0, -1]  # where it begins a document
+    assert parts[1].labels.tolist() == [[7, 8, 9, 10, 11, 12]]
+    assert all(part.cu_seqlens is whole.cu_seqlens for part in parts)
+
+
+def test_a_sequence_that_does_not_split_is_refused():
+    (whole,) = split_batch(batch(None), 4, None, "convert")
+    with pytest.raises(ValueError, match=r"6 tokens do not split over parallel\.cp=4 ranks"):
+        whole.shard(0, 4)
