@@ -1,0 +1,8 @@
+"""The report of a preparation: a page and figures that say what was read, dropped and written.
+
+All of it comes from the manifest and the shards; it can be made again from them at any time.
+"""
+
+from data_prep.report.write import write_report
+
+__all__ = ["write_report"]
