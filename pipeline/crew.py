@@ -49,6 +49,12 @@ if TYPE_CHECKING:
 _BEAT_S = 1.0
 _SETTLE_S = 1.0
 """Seconds in which a rank that fails waits for word that another one failed before it."""
+_HEARD_S = 5.0
+"""Seconds that the hub has to take an announcement."""
+_TOLD_S = 3.0
+"""Seconds in which a rank with an error waits for rank 0 to report the same one."""
+_LINGER_S = 3.0
+"""Seconds that rank 0's hub waits for the other ranks to have left."""
 _GRACE_S = 4.0
 """Seconds that the main thread has to leave by itself, once another rank is gone."""
 _RESCUE_S = 12.0
@@ -88,7 +94,7 @@ class Crew:
         self._lost: Message | None = None
         self._main_failed: str | None = None
         self._changed = threading.Condition()
-        self._leaving = self._said = self._closing = False
+        self._leaving = self._said = self._closing = self._heard = False
         self._asked_at: float | None = None
         self._wire = Wire(connection, timeout_s=patience.dead_s)
         self._wire.send({"rank": rank, "token": token})
@@ -111,25 +117,31 @@ class Crew:
         code = exit_code(error)
         if isinstance(error, StopRequested | MainRankFailedError):  # all ranks know
             self._leave_later(code)
-            self._tell({"type": "bye"})
+            self._say_bye()
             return False
-        if isinstance(error, RuntimeError):  # as a broken connection to a dead rank makes them
-            with self._changed:
-                self._changed.wait_for(lambda: self._lost is not None, _SETTLE_S)
-        if self._lost is not None and not isinstance(error, ValueError):
+        follows = isinstance(error, RuntimeError | ConnectionError)  # as gloo's, of a dead rank
+        if follows:
+            self._wait(lambda: self._lost is not None, _SETTLE_S)
+        text = f"{type(error).__name__}: {' '.join(str(error).split())}"[:1000]
+        if self._lost is None or not follows:
+            self._leave_later(code)
+            self._tell({"type": "gone", "text": text, "code": code})
+            self._wait(lambda: self._heard, _HEARD_S)
+        if self._lost is not None and follows:
             self._say_lost()
             raise RankLostError(self._lost_text(), self._code_of_lost()) from error
-        self._leave_later(code)
-        text = f"{type(error).__name__}: {' '.join(str(error).split())}"[:1000]
-        self._tell({"type": "gone", "text": text, "code": code})
-        if self.rank == 0:
-            return False
+        if self.rank != 0:
+            self._wait(lambda: self._main_failed is not None, _TOLD_S)
+        return self.rank != 0 and self._main_failed == text
+
+    def _wait(self, until: Callable[[], bool], at_most_s: float) -> None:
         with self._changed:
-            self._changed.wait_for(lambda: self._main_failed is not None, _SETTLE_S)
-        return self._main_failed == text
+            self._changed.wait_for(until, at_most_s)
 
     def _leave_later(self, code: int) -> None:
         """Leave by the main thread's own doing, or by force if it takes too long."""
+        if self._leaving:
+            return
         self._leaving = True
         timer = threading.Timer(_LEAVING_S, leave, (code,))
         timer.daemon = True
@@ -137,9 +149,15 @@ class Crew:
 
     def close(self) -> None:
         """Leave the crew: the work is done."""
+        self._leaving = True
+        self._say_bye()
         self._closing = True
-        self._tell({"type": "bye"})
         self._thread.join(2.0)
+
+    def _say_bye(self) -> None:
+        self._tell({"type": "bye"})
+        # A connection that is closed with bytes unread takes those that are on their way with it.
+        self._wait(lambda: self._heard, _HEARD_S)
 
     def tell_to_stop(self, name: str) -> None:
         """Pass a request to stop on to the other ranks."""
@@ -207,6 +225,10 @@ class Crew:
             self._asked_at = None
         elif kind == "stop":
             stop.passed_on(message["rank"], message["name"])
+        elif kind == "heard":
+            with self._changed:
+                self._heard = True
+                self._changed.notify_all()
         elif kind == "hang":
             table = message["table"] if self.rank == 0 else "the ranks wait for each other"
             leave(EXIT_HANG, f"error: {table}\nrank {self.rank}: leaves")
@@ -293,28 +315,36 @@ def crew_of(settings: ParallelSettings, ranks: Ranks) -> Iterator[Crew | None]:
         state=watchdog.state,
         beat_s=_BEAT_S * max(1.0, ranks.world_size / 256),
     )
+    with aboard(crew, hub):
+        yield crew
+
+
+@contextlib.contextmanager
+def aboard(crew: Crew, hub: Hub | None) -> Iterator[None]:
+    """Watch while the block runs, and leave in a way that the others understand.
+
+    Raises:
+        RankLostError: in the place of an error that follows from the loss of another rank.
+    """
     _mine.extend(part for part in (crew, hub) if part is not None)
     stop.tell = crew.tell_to_stop
     if stop.requested:  # while the ranks were starting
         crew.tell_to_stop(str(stop.reason))
+    well = False
     try:
         with announcing(crew):
-            yield crew
+            yield
+        well = True
     except StopRequested:
-        _part(crew, hub)
+        well = True
         raise
-    else:
-        _part(crew, hub)
     finally:
         stop.tell = None
-
-
-def _part(crew: Crew, hub: Hub | None) -> None:
-    """End the watch where all is well."""
-    crew.close()
-    if hub is not None:
-        hub.close()
-    _mine.clear()
+        if well:
+            crew.close()
+            _mine.clear()
+        if hub is not None:
+            hub.close(_LINGER_S)
 
 
 @contextlib.contextmanager

@@ -86,7 +86,10 @@ def listed(ranks: Iterable[int]) -> str:
             spans[-1][1] = number
         else:
             spans.append([number, number])
-    words = [str(a) if a == b else f"{a}{', ' if b == a + 1 else '-'}{b}" for a, b in spans]
+    words = []
+    for first, last in spans:
+        near = last - first < 2
+        words += [str(n) for n in range(first, last + 1)] if near else [f"{first}-{last}"]
     text = words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
     return f"rank{'' if len(numbers) == 1 else 's'} {text}"
 

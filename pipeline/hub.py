@@ -18,6 +18,8 @@ from pipeline.survival import EXIT_RANK_LOST, write_line
 from pipeline.wire import Message, Wire, listen
 
 _TICK_S = 0.5
+_COME_UP_S = 60.0
+"""Seconds that every rank has at least to connect."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +54,9 @@ class Hub:
         """Where it listens."""
         self._members: dict[int, _Member] = {}
         self._strangers: list[Wire] = []
+        self._told: list[Message] = []
         self._gone: set[int] = set()
+        self._present = set(range(world_size))
         self._first_gone = True
         self._stopping = False
         self._next_warning = patience.warning_s
@@ -66,8 +70,11 @@ class Hub:
         """Begin to listen."""
         self._thread.start()
 
-    def close(self) -> None:
-        """Let the other ranks go on alone: rank 0 has done its part."""
+    def close(self, linger_s: float) -> None:
+        """Rank 0 leaves: wait for the others to do so, for a while, then let them go on alone."""
+        deadline = time.monotonic() + linger_s
+        while self._present - {0} and time.monotonic() < deadline:
+            time.sleep(0.02)
         self._ending = True
         self._thread.join(2 * _TICK_S)
 
@@ -112,7 +119,9 @@ class Hub:
             wire.close()
             if rank is None:
                 self._strangers.remove(wire)
-            elif not self._members[rank].left:
+            else:
+                self._present.discard(rank)
+            if rank is not None and not self._members[rank].left:
                 self._lose(rank, reason, EXIT_RANK_LOST)
             return
         for message in messages:
@@ -132,6 +141,8 @@ class Hub:
             return None
         self._selector.modify(wire, selectors.EVENT_READ, rank)
         self._members[rank] = _Member(wire)
+        for message in self._told:
+            self._send(self._members[rank], message)
         return rank
 
     def _hear(self, rank: int, message: Message) -> None:
@@ -143,26 +154,28 @@ class Hub:
             self._send(member, {"type": "ok"})
         elif kind == "bye":
             member.left = True
+            self._send(member, {"type": "heard"})
         elif kind == "gone":
             member.left = True
             self._lose(rank, message["text"], message["code"])
+            self._send(member, {"type": "heard"})
         elif kind == "stop" and not self._stopping:
             self._stopping = True
-            self._broadcast({"type": "stop", "rank": rank, "name": message["name"]}, but=rank)
+            self._tell_all({"type": "stop", "rank": rank, "name": message["name"]}, but=rank)
 
     def _lose(self, rank: int, text: str, code: int) -> None:
         self._gone.add(rank)
         if self._first_gone or rank == 0:
             self._first_gone = False
             now = time.strftime("%H:%M:%S")
-            self._broadcast(
+            self._tell_all(
                 {"type": "gone", "rank": rank, "text": text, "code": code, "at": now}, but=rank
             )
 
     def _look_for_absent(self) -> None:
         if len(self._members) == self._world_size or self._gone:
             return
-        if time.monotonic() - self._started > self._patience.dead_s:
+        if time.monotonic() - self._started > max(self._patience.dead_s, _COME_UP_S):
             absent = min(set(range(self._world_size)) - set(self._members))
             self._lose(absent, "it has not come up", EXIT_RANK_LOST)
 
@@ -186,10 +199,15 @@ class Hub:
             self._next_warning *= 2
             write_line(report(ranks, waited))
 
+    def _tell_all(self, message: Message, *, but: int) -> None:
+        """Tell the others, and those that come later."""
+        self._told.append(message)
+        self._broadcast(message, but=but)
+
     def _broadcast(self, message: Message, *, but: int | None = None) -> None:
-        for rank, member in self._members.items():
+        for rank in sorted(self._members, reverse=True):  # rank 0, whose end is the hub's, last
             if rank != but:
-                self._send(member, message)
+                self._send(self._members[rank], message)
 
     def _send(self, member: _Member, message: Message) -> None:
         try:
