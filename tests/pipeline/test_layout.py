@@ -36,7 +36,7 @@ def check(words: list[str], world_size: int) -> None:
         (
             "parallel.tp=2 parallel.sp=true data.seq_length=255",
             2,
-            r"parallel\.cp x parallel\.tp \(parallel\.sp=true\) = 2 ranks; set data\.seq_length=256",
+            r"x parallel\.tp \(parallel\.sp=true\) = 2 ranks; set data\.seq_length=256",
         ),
         (
             "parallel.tp=2 parallel.cp=2 parallel.cp_mode=a2a",
