@@ -10,7 +10,7 @@ from data_prep.prepare import WorkersMissingError, prepare_shards, summary
 from data_prep.shards import MANIFEST_NAME, Manifest
 from pipeline.console import Reporter
 from pipeline.context import StageContext
-from pipeline.distributed import barrier, on_main
+from pipeline.distributed import on_main, on_some
 from pipeline.models import check_base
 from pipeline.schema import RunConfig
 from pipeline.survival import StopRequested, stop
@@ -39,8 +39,11 @@ def run(config: RunConfig, context: StageContext) -> None:
             )
         data = replace(config.data, num_workers=ranks.world_size, worker_rank=ranks.rank)
         config = replace(config, data=data)
-    manifest = _prepare(config, context.data_dir, context.entry, context.reporter)
-    barrier()
+    # Ranks wait here for those that have more to do, and end together if one is asked to stop.
+    manifest = on_some(
+        ranks, True, lambda: _prepare(config, context.data_dir, context.entry, context.reporter)
+    )
+    assert manifest is not None
     context.artifact(context.data_dir / MANIFEST_NAME)
     if ranks.is_main:
         _report(manifest, context, time.perf_counter() - started)
