@@ -1,12 +1,13 @@
 """Sliding-window attention with sinks: equation (1) of AllMem (arXiv 2602.13680).
 
-``backend`` takes ``"reference"`` (blocked, plain PyTorch, any device), ``"flex"`` (FlexAttention,
-not built yet: an error that says so) or ``"auto"`` (the fastest one that computes the same function
+``backend`` takes ``"reference"`` (blocked, plain PyTorch, any device), ``"flex"`` (FlexAttention;
+gradients on CUDA devices only) or ``"auto"`` (the fastest one that computes the same function
 here). See ``README.md`` beside this file.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from kernels.swa import reference
@@ -50,10 +51,15 @@ def sliding_window_attention(
         raise ValueError(
             f"backend={backend!r} is not one of {', '.join(BACKENDS)}; set backend='auto'"
         )
+    reference.check_shapes(q, k, v)
+    reference.check_window(window_size, num_sinks)
+    if backend == "auto":
+        backend = "flex" if q.is_cuda and q.dtype != torch.float64 else "reference"
+    attend = reference.sliding_window_attention
     if backend == "flex":
-        raise ValueError(
-            "backend='flex' cannot run: it is not built yet; set backend='reference' or 'auto'"
-        )
-    return reference.sliding_window_attention(
+        from kernels.swa import flex  # a second to import
+
+        attend = flex.sliding_window_attention
+    return attend(
         q, k, v, window_size=window_size, num_sinks=num_sinks, cu_seqlens=cu_seqlens, scale=scale
     )

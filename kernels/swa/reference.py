@@ -51,8 +51,8 @@ def sliding_window_attention(
     Raises:
         ValueError: shapes that do not fit, ``window_size < 1`` or ``num_sinks < 0``.
     """
-    _check(q, k, v)
-    _check_window(window_size, num_sinks)
+    check_shapes(q, k, v)
+    check_window(window_size, num_sinks)
     return _per_document(q, k, v, cu_seqlens, scale, window_size, num_sinks)
 
 
@@ -60,7 +60,7 @@ def causal_attention(
     q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens: Tensor | None = None, scale: float | None = None
 ) -> Tensor:
     """Full causal attention, the teacher's; arguments as in ``sliding_window_attention``."""
-    _check(q, k, v)
+    check_shapes(q, k, v)
     return _per_document(q, k, v, cu_seqlens, scale, None, 0)
 
 
@@ -97,8 +97,8 @@ def continued_attention(
     Raises:
         ValueError: shapes that do not fit, ``window_size < 1`` or ``num_sinks < 0``.
     """
-    _check(q, k, v)
-    _check_window(1 if window_size is None else window_size, num_sinks)
+    check_shapes(q, k, v)
+    check_window(1 if window_size is None else window_size, num_sinks)
     past = position if window_size is None else min(position, window_size - 1)
     if k.shape[1] != past + q.shape[1]:
         raise ValueError(
@@ -146,8 +146,8 @@ def attention_with_positions(
     Raises:
         ValueError: shapes that do not fit, ``window_size < 1`` or ``num_sinks < 0``.
     """
-    _check(q, k, v)
-    _check_window(1 if window_size is None else window_size, num_sinks)
+    check_shapes(q, k, v)
+    check_window(1 if window_size is None else window_size, num_sinks)
     for name, positions, like in (("q_positions", q_positions, q), ("k_positions", k_positions, k)):
         if positions.shape != like.shape[:2]:
             raise ValueError(
@@ -204,7 +204,19 @@ def _per_document(
     """Attention within each document; documents of one length go together."""
     if cu_seqlens is None:
         return _rows(q, k, v, scale, window, sinks)
-    starts = cu_seqlens.tolist()
+    starts = document_starts(q, cu_seqlens)
+    lengths = [end - start for start, end in pairwise(starts)]
+    if len(set(lengths)) == 1:
+        q_r, k_r, v_r = (x.reshape(len(lengths), lengths[0], *x.shape[2:]) for x in (q, k, v))
+        return _rows(q_r, k_r, v_r, scale, window, sinks).reshape(q.shape)
+    # split, not slices: the gradient of a slice is a tensor of the whole sequence
+    documents = zip(q.split(lengths, 1), k.split(lengths, 1), v.split(lengths, 1), strict=True)
+    return torch.cat([_rows(*document, scale, window, sinks) for document in documents], 1)
+
+
+def document_starts(q: Tensor, cu_seqlens: Tensor) -> list[int]:
+    """Document starts and T of a packed sequence; a ValueError where they do not fit q."""
+    starts: list[int] = cu_seqlens.tolist()
     if (
         q.shape[0] != 1
         or len(starts) < 2
@@ -216,13 +228,7 @@ def _per_document(
             f"cu_seqlens from {starts[0]} to {starts[-1]} does not rise from 0 to T={q.shape[1]} "
             f"in one packed sequence (B={q.shape[0]}); give the document starts and T, with B=1"
         )
-    lengths = [end - start for start, end in pairwise(starts)]
-    if len(set(lengths)) == 1:
-        q_r, k_r, v_r = (x.reshape(len(lengths), lengths[0], *x.shape[2:]) for x in (q, k, v))
-        return _rows(q_r, k_r, v_r, scale, window, sinks).reshape(q.shape)
-    # split, not slices: the gradient of a slice is a tensor of the whole sequence
-    documents = zip(q.split(lengths, 1), k.split(lengths, 1), v.split(lengths, 1), strict=True)
-    return torch.cat([_rows(*document, scale, window, sinks) for document in documents], 1)
+    return starts
 
 
 def _rows(
@@ -330,7 +336,8 @@ def _block_mask(
     return torch.cat([query + position - torch.arange(sinks, device=device) >= window, band], -1)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
+def check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Refuses q, k and v that do not fit each other, by a ValueError."""
     if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape:
         raise ValueError(
             f"q, k, v of shapes {list(q.shape)}, {list(k.shape)}, {list(v.shape)} are not "
@@ -348,7 +355,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
         )
 
 
-def _check_window(window_size: int, num_sinks: int) -> None:
+def check_window(window_size: int, num_sinks: int) -> None:
+    """Refuses a window or a number of sinks that makes no sense, by a ValueError."""
     if window_size < 1:
         raise ValueError(
             f"window_size={window_size} leaves a token blind to itself; set it to at least 1"

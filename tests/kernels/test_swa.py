@@ -250,7 +250,7 @@ def test_a_query_without_keys_gives_zero_and_finite_gradients() -> None:
     ],
 )
 def test_unfit_settings_are_refused(settings: dict[str, Any], message: str) -> None:
-    q, k, v = heads(9)
+    q, k, v = (x.requires_grad_() for x in heads(9))
     with pytest.raises(ValueError, match=message):
         sliding_window_attention(q, k, v, **{"window_size": 4, "num_sinks": 1} | settings)
 
