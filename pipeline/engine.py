@@ -313,7 +313,7 @@ class Engine:
             kind: the float32 weight, or one of AdamW's moments.
 
         Returns:
-            the tensor of this rank's tensor-parallel part, in the parameter's shape.
+            a copy of this rank's tensor-parallel part, in the parameter's shape.
         """
         parameter = self._trained[name]
         if not self._zero_stage:

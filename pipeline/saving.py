@@ -241,12 +241,12 @@ class Saver:
                 for hf_name, part in to_hf({name: whole}, self._model.base_config).items():
                     writer_of[file][prefix + hf_name] = writer
                     if writer == self._ranks.rank:
-                        target[prefix + hf_name] = part.to("cpu", copy=True).contiguous()
+                        target[prefix + hf_name] = part.cpu().contiguous()
         num_writers = sum(load > 0 for load in loads)
         return _Shard(model, optimizer, num_writers, writer_of)
 
     def _whole(self, name: str, kind: Any, parameter: nn.Parameter) -> Tensor:
-        part = self._engine.tensor(name, kind)
+        part = self._engine.tensor(name, kind)  # a copy: training may change its own
         if self._ranks.tp > 1:  # collectives of NCCL want the device
             part = part.to(self._ranks.device)
         return full_of(part, parameter)

@@ -30,23 +30,30 @@ NUMBERS = ("step", "tokens", "loss_tokens", "train/loss", "train/grad_norm", "tr
 
 
 def kill_one(children: list[int], run_dir: Path, source: random.Random, longest_s: float) -> str:
-    """SIGKILL one of the children: at a random time, or at a random time inside a save."""
+    """SIGKILL one of the children at a random time, or at one aimed at a save; which it was."""
     victim = source.choice(children)
-    inside = source.random() < 0.5
+    aimed = source.random() < 0.5
     deadline = time.monotonic() + source.uniform(0.0, longest_s)
     while time.monotonic() < deadline and not is_over(victim):
         time.sleep(0.001)
-    if inside:  # from then on, the next save
-        saving = time.monotonic() + 5
-        while time.monotonic() < saving and not is_over(victim):
-            if next(run_dir.glob("*/checkpoints/.unfinished-*"), None) is not None:
-                time.sleep(source.uniform(0.0, 0.004))
-                break
+    if aimed:  # a few milliseconds after the next time that something appears or goes
+        before, latest = names(run_dir), time.monotonic() + 5
+        while time.monotonic() < latest and not is_over(victim) and names(run_dir) == before:
+            time.sleep(0.0005)
+        time.sleep(source.uniform(0.0, 0.004))
     if is_over(victim):
         return "over"
-    unfinished = next(run_dir.glob("*/checkpoints/.unfinished-*"), None) is not None
     os.kill(victim, signal.SIGKILL)
-    return "in a save" if unfinished else "elsewhere"
+    return "aimed" if aimed else "random"
+
+
+def names(run_dir: Path) -> list[str]:
+    """What lies in the folders of checkpoints and in those that are being written."""
+    found: list[str] = []
+    for folder in run_dir.glob("*/checkpoints"):
+        for path, folders, files in os.walk(folder):
+            found += [path, *folders, *files]
+    return found
 
 
 def checkpoints(run_dir: Path) -> Iterator[Path]:
@@ -55,7 +62,10 @@ def checkpoints(run_dir: Path) -> Iterator[Path]:
 
 def differences(path: Path, wanted: Path) -> list[str]:
     """What is wrong with a checkpoint that should be as another one, to the last bit."""
-    saved, other = load_checkpoint(path), load_checkpoint(wanted)
+    try:
+        saved, other = load_checkpoint(path), load_checkpoint(wanted)
+    except ValueError as error:
+        return [str(error)]
     wrong = [key for key in other.state if saved.state.get(key) != other.state[key]]
     for mine, theirs in ((saved.model, other.model), (saved.optimizer, other.optimizer)):
         wrong += sorted(set(mine) ^ set(theirs))

@@ -67,9 +67,9 @@ def test_fifty_kills_leave_no_half_checkpoint_and_change_no_bit(one_rank: dict[s
     assert sum(one_rank["kills"].values()) >= 50
 
 
-def test_many_of_the_kills_were_inside_a_save(one_rank: dict[str, Any]):
-    assert one_rank["kills"]["in a save"] >= 15
-    assert one_rank["kills"]["elsewhere"] >= 10
+def test_some_kills_were_aimed_at_saves_and_some_at_nothing(one_rank: dict[str, Any]):
+    assert one_rank["kills"]["aimed"] >= 15
+    assert one_rank["kills"]["random"] >= 15
 
 
 def test_every_process_was_killed_or_came_to_its_end(one_rank: dict[str, Any]):

@@ -7,6 +7,7 @@ import os
 import pickle
 import resource
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.checkpoint import load_checkpoint, load_state
+from pipeline.checkpoint import load_checkpoint, load_state, write_shard
 from pipeline.context import StageContext
 from pipeline.run import main
 from pipeline.saving import Saver
@@ -58,13 +59,20 @@ def in_step(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[], Non
     monkeypatch.setattr(StageContext, "log", log_and_act)
 
 
+@pytest.mark.parametrize("zero_stage", [0, 2])
 def test_a_checkpoint_written_while_training_goes_on_has_the_same_bytes(
-    words: list[str], tmp_path: Path
+    words: list[str], tmp_path: Path, zero_stage: int, monkeypatch: pytest.MonkeyPatch
 ):
+    def write_late(*args: Any, **options: Any) -> None:
+        time.sleep(0.1)  # some steps further
+        write_shard(*args, **options)
+
+    monkeypatch.setattr("pipeline.saving.write_shard", write_late)
     folders = tmp_path / "true", tmp_path / "false"
     for path in folders:
         path.mkdir()
-        assert main([*folder(words, path), f"run.async_checkpoints={path.name}"]) == 0
+        how = [f"run.async_checkpoints={path.name}", f"parallel.zero_stage={zero_stage}"]
+        assert main([*folder(words, path), *how]) == 0
     one, other = (path / "pretrain" / "checkpoints" for path in folders)
     assert sorted(os.listdir(one)) == [f"step_{step:08d}" for step in range(2, STEPS + 1, 2)]
     for path in one.iterdir():
