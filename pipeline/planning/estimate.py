@@ -190,18 +190,24 @@ def estimate_memory(
         num_micro_batches=split.num_micro_batches,
         kind=gpu.device,
     )
-    return combine(found, rest, gpu, plan)
+    return _combine(found, rest, layout, getattr(torch, dtype).itemsize, gpu, plan)
 
 
-def combine(found: Pass, rest: States, gpu: Gpu, plan: PlanSettings) -> Memory:
+def _combine(
+    found: Pass, rest: States, layout: Layout, element: int, gpu: Gpu, plan: PlanSettings
+) -> Memory:
     """Put a pass and what stands beside it together."""
+
+    def beside(name: str) -> float:
+        """Gradients and their buffers at a moment of the pass."""
+        formed = found.gradients[name]
+        buffers = rest.buffers if layout.zero_stage == 3 or name in ("backward", "end") else 0.0
+        if gpu.device == "cpu":  # memory that nobody has written to yet costs nothing
+            buffers = min(buffers, element * formed)
+        return rest.gradients + buffers + rest.growth * formed
+
     moments = {
-        name: rest.held
-        + rest.gradients
-        + rest.gathered
-        + peak
-        + rest.growth * found.gradients[name]
-        for name, peak in found.peaks.items()
+        name: rest.held + rest.gathered + peak + beside(name) for name, peak in found.peaks.items()
     }
     moments["reduction"] = rest.held + rest.reduction
     moments["step"] = rest.held + rest.step
@@ -213,7 +219,7 @@ def combine(found: Pass, rest: States, gpu: Gpu, plan: PlanSettings) -> Memory:
             kept = 0.0
         carried = min(found.communication, found.peaks[when] - kept)
         parts |= {
-            "gradients": rest.gradients + rest.growth * found.gradients[when],
+            "gradients": beside(when),
             "activations": kept,
             "communication": carried,
             "temporary": found.peaks[when] - kept - carried,

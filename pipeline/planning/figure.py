@@ -65,7 +65,8 @@ def write_figure(plan: Plan, path: Path) -> bool:
         )
     axes.set_xlim(0, limit)
     axes.invert_yaxis()
-    axes.set_xlabel("memory of the fullest rank (GiB)")
+    axes.set_xlabel("memory of the fullest rank (GiB)", fontsize=9)
+    axes.tick_params(axis="x", labelsize=8)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0, labelsize=8)
     gpus = f"{plan.config.plan.num_gpus} x {plan.gpu.name}"

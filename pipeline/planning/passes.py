@@ -217,11 +217,10 @@ def _mark_phases(model: AllMemGPTModel, tracker: MemoryTracker) -> None:
 
     def after(number: int, out: Tensor | tuple[Tensor, ...]) -> None:
         hidden = out[0] if isinstance(out, tuple) else out
-        if torch.is_grad_enabled():
-            if number == len(model.decoder.layers) - 1:
-                tracker.enter("loss")
-            if hidden.requires_grad:
-                hidden.register_hook(lambda _: tracker.enter(f"backward/{number}"))
+        if number == len(model.decoder.layers) - 1:
+            tracker.enter("loss" if torch.is_grad_enabled() else "teacher/out")
+        if hidden.requires_grad:
+            hidden.register_hook(lambda _: tracker.enter(f"backward/{number}"))
 
     for number, layer in enumerate(model.decoder.layers):
         layer.register_forward_pre_hook(lambda *_, n=number: before(n))
@@ -255,13 +254,16 @@ def _extrapolate(
 
     last, first = f"backward/{traced - 1}", "backward/0"
     late = [name for name in phases if name == first] if traced > 1 else []
+    # what a layer's backward pass does not let go of: messages kept for recomputation
+    let_go = phases[last].start - phases[first].start if late else 0
+    held = max(kept - let_go / (traced - 1), 0) if late else 0
     early = [name for name in phases if name.startswith("backward") and name not in late]
     peaks = {
         "teacher": peak("teacher", "start"),
         "student": peak("student") + extra,
         "loss": peak("loss") + extra,
-        "backward": float(max(phases[name].peak for name in early)) + extra,
-        "end": float(max((phases[name].peak for name in late), default=0)),
+        "backward": max(phases[name].peak for name in early) + max(extra, more * held),
+        "end": max((phases[name].peak for name in late), default=0) + more * held,
     }
     trained, frozen = (float(a + more * b) for a, b in zip(numbers, of_layer, strict=True))
     # gradients that are there when the last layer is through; all, where that cannot be told

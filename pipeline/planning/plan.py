@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from pipeline.batches import RankSplit
+from pipeline.console import Advance
 from pipeline.models import choose_dtype
 from pipeline.planning.estimate import NAMES, Memory, Time, estimate_memory, estimate_time
 from pipeline.planning.hardware import GPUS, Gpu
@@ -83,8 +84,12 @@ class Plan:
         return flops / (seconds * self.gpu.flops * self.config.plan.num_gpus)
 
 
-def make_plan(config: RunConfig) -> Plan:
+def make_plan(config: RunConfig, tell: Advance) -> Plan:
     """Work everything out.
+
+    Args:
+        config: of a run.
+        tell: is told how far the search is.
 
     Raises:
         ValueError: sizes that nobody knows, or a recipe without training.
@@ -107,7 +112,7 @@ def make_plan(config: RunConfig) -> Plan:
         base=base,
         stages=stages,
         searched=searched,
-        found=search(config, searched, dtype) if config.plan.search else None,
+        found=search(config, searched, dtype, tell) if config.plan.search else None,
         kinds=parameters(searched),
     )
 

@@ -12,6 +12,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field, replace
 
 from pipeline.batches import RankSplit
+from pipeline.console import Advance
 from pipeline.planning.estimate import (
     Memory,
     Time,
@@ -62,30 +63,35 @@ class Found:
     """Layouts by what the program says to them."""
     num_legal: int = 0
     num_followed: int = 0
+    """Ways to split whose passes were followed through the real code."""
+    seconds: float = 0.0
+    """Time of the search."""
     complete: bool = True
     """False where time ran out before all that could be among the fastest were tried."""
 
 
-def search(config: RunConfig, work: Work, dtype: str) -> Found:
+def search(config: RunConfig, work: Work, dtype: str, tell: Advance) -> Found:
     """Look for the fastest layouts of `plan.num_gpus` GPUs that fit.
 
     Args:
         config: gives `plan`, and everything that the program's checks ask for.
         work: the stage.
         dtype: type of weights and activations.
+        tell: is told how many layouts that fit have been found.
     """
-    return _Search(config, work, dtype).run()
+    return _Search(config, work, dtype, tell).run()
 
 
 class _Search:
-    def __init__(self, config: RunConfig, work: Work, dtype: str) -> None:
+    def __init__(self, config: RunConfig, work: Work, dtype: str, tell: Advance) -> None:
+        self.tell = tell
         self.config, self.plan, self.work, self.dtype = config, config.plan, work, dtype
         self.gpu = GPUS[config.plan.gpu]
         self.found = Found()
         self._alone: dict[bool, Pass] = {}
 
     def run(self) -> Found:
-        found, end = self.found, time.monotonic() + SEARCH_S
+        found, start = self.found, time.monotonic()
         ways = self._legal_ways()
         guesses = {
             way: min(self._guess(*split) for split in splits) for way, splits in ways.items()
@@ -94,7 +100,7 @@ class _Search:
             ranked = sorted(estimate.time.step for estimate in found.fitting)
             if len(ranked) >= self.plan.top and guesses[way] > ranked[self.plan.top - 1]:
                 break
-            if time.monotonic() > end:
+            if time.monotonic() > start + SEARCH_S:
                 found.complete = False
                 break
             if self._cannot_fit(ways[way][0][0]):
@@ -104,8 +110,10 @@ class _Search:
             except ValueError as error:  # what only the model itself checks
                 found.refused[str(error)].extend(layout for layout, _ in ways[way])
                 found.num_legal -= len(ways[way])
+            self.tell(min(len(found.fitting), self.plan.top), f"{found.num_followed} followed")
         found.fitting.sort(key=lambda estimate: estimate.time.step)
         del found.fitting[self.plan.top :]
+        found.seconds = time.monotonic() - start
         return found
 
     def _legal_ways(self) -> dict[Way, list[Split]]:

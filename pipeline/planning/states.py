@@ -32,7 +32,9 @@ class States:
     optimizer: float
     """Float32 weights and moments; all the time."""
     gradients: float
-    """Gradients, and the buffer that they are reduced in, that are there during every pass."""
+    """Gradients that are there during every pass."""
+    buffers: float
+    """What gradients are reduced in: from the first gradient on, with ZeRO-3 all the time."""
     gathered: float
     """Whole weights of ZeRO-3 while a pass needs them."""
     growth: float
@@ -79,6 +81,7 @@ def states(
             weights=(p + frozen) * 4,
             optimizer=8 * p,
             gradients=4 * p if several else 0,
+            buffers=0,
             gathered=0,
             growth=0 if several else 4,
             reduction=8 * p,
@@ -87,18 +90,20 @@ def states(
     optimizer = 12 * p / z
     if zero_stage == 3:
         all_of_them = min(p + frozen, LIVE_PARAMETERS) * element if z > 1 else 0.0
-        gradients = 4 * p / z + buffers
+        gradients = 4 * p / z
         return States(
             weights=(p + frozen) * element / z,
             optimizer=optimizer,
             gradients=gradients,
+            buffers=buffers,
             gathered=all_of_them,
             growth=element if z == 1 else 0,
             reduction=gradients
+            + buffers
             + all_of_them
             + 2 * element * p
             + (4 * p if z == 1 and element == 2 else 0),
-            step=gradients + 12 * p / z,
+            step=gradients + buffers + 12 * p / z,
         )
     weights = (p + frozen) * element
     if zero_stage == 1 and element == 2:  # DeepSpeed's bfloat16 optimizer: no bucket
@@ -106,6 +111,7 @@ def states(
             weights=weights,
             optimizer=optimizer,
             gradients=4 * p,
+            buffers=0,
             gathered=0,
             growth=2,
             reduction=4 * p + 4 * p,
@@ -122,7 +128,8 @@ def states(
     return States(
         weights=weights,
         optimizer=optimizer,
-        gradients=carried + buffers,
+        gradients=carried,
+        buffers=buffers,
         gathered=0,
         growth=formed if z == 1 else 0,
         reduction=reduction,

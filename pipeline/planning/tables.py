@@ -25,7 +25,7 @@ PARTS = {
     "gradients": "gradients and their buffers",
     "activations": "activations kept for backward",
     "communication": "buffers of exchanges",
-    "temporary": "temporary",
+    "temporary": "temporary (recomputed layer, logits, …)",
     "allocator": "lost by the allocator",
     "reserve": "reserve (context, NCCL, libraries)",
 }
@@ -79,21 +79,24 @@ def parameter_table(plan: Plan) -> Table:
 
 def stage_table(plan: Plan) -> Table:
     """The recipe's training stages under the configured layout."""
-    table = _table("Stages, with the layout as configured")
-    for name in ("stage", "layout", "tokens x batch"):
-        table.add_column(name)
-    for name in ("PFLOP/step", "s/step", "tokens/s", "MFU", "bound by", "steps", "time", "GiB"):
-        table.add_column(name, justify="right")
+    layouts = [stage.layout for stage in plan.stages if stage.layout is not None]
+    name = f": {name_of(layouts[0], batch=False)}" if layouts else ""
+    table = _table(f"Stages with the layout as configured{name}")
+    table.add_column("stage")
+    for column in ("tokens", "batch", "a pass", "PFLOP/step", "s/step", "tokens/s", "MFU"):
+        table.add_column(column, justify="right")
+    table.add_column("bound by")
+    for column in ("steps", "time", "GiB"):
+        table.add_column(column, justify="right")
     for stage in plan.stages:
-        layout = "" if stage.layout is None else name_of(stage.layout)
         if not stage.phases:
-            table.add_row(stage.work.entry, layout, *[""] * 8, "refused", style="red")
+            table.add_row(stage.work.entry, *[""] * 7, "refused", style="red")
         for number, part in enumerate(stage.phases):
-            first = number == 0
             table.add_row(
-                stage.work.entry if first else "",
-                layout if first else "",
-                f"{part.phase.length:,} x {part.phase.batch_size}",
+                stage.work.entry if number == 0 else "",
+                f"{part.phase.length:,}",
+                str(part.phase.batch_size),
+                str(part.split.micro_batch_size),
                 f"{part.flops / 1e15:,.3g}",
                 f"{part.time.step:,.3g}",
                 f"{part.tokens_per_s:,.0f}",
@@ -101,7 +104,7 @@ def stage_table(plan: Plan) -> Table:
                 part.time.bound,
                 f"{part.phase.steps:,}",
                 duration(part.seconds),
-                _memory_cell(stage) if first else "",
+                _memory_cell(stage) if number == 0 else "",
             )
     return table
 
@@ -144,11 +147,13 @@ def layout_table(plan: Plan) -> Table:
     found = plan.found
     assert found is not None
     table = _table(
-        f"Layouts of {plan.searched.entry} that fit, the fastest first "
-        f"({found.num_legal} are legal; {found.num_followed} were followed)"
+        f"Layouts of {plan.searched.entry} that fit, the fastest first: {found.num_legal} are "
+        f"legal, {found.num_followed} ways to split were followed in {found.seconds:.0f} s"
     )
-    for name in ("", "TP", "SP", "CP", "DP", "ZeRO", "batch", "recompute"):
-        table.add_column(name, justify="right" if name in ("TP", "DP", "ZeRO", "batch") else "left")
+    for name in ("", "TP", "SP", "CP", "DP", "ZeRO", "a pass", "recompute"):
+        table.add_column(
+            name, justify="right" if name in ("TP", "DP", "ZeRO", "a pass") else "left"
+        )
     for name in ("s/step", "tokens/s", "MFU", "bound by", "GiB"):
         table.add_column(name, justify="right")
     work = plan.searched
@@ -222,9 +227,10 @@ def verdict(plan: Plan) -> Iterator[Text]:
         yield Text("The search ran out of time; faster layouts may exist.", style="yellow")
 
 
-def name_of(layout: Layout) -> str:
+def name_of(layout: Layout, *, batch: bool = True) -> str:
     """`TP 2 + SP, CP 4 wavefront, DP 8, ZeRO-2, batch 1, recompute`."""
     words = [f"TP {layout.tp}" + (" + SP" if layout.sp else "")] if layout.tp > 1 else []
     words += [f"CP {layout.cp} {layout.cp_mode}"] if layout.cp > 1 else []
-    words += [f"DP {layout.dp}", f"ZeRO-{layout.zero_stage}", f"batch {layout.micro_batch_size}"]
+    words += [f"DP {layout.dp}", f"ZeRO-{layout.zero_stage}"]
+    words += [f"batch {layout.micro_batch_size}"] if batch else []
     return ", ".join(words + (["recompute"] if layout.recompute else []))

@@ -49,6 +49,8 @@ class Phase:
     """Numbers of trained parameters whose gradients are there at its end; not in the bytes."""
     peak_communication: int = 0
     """Of `peak`: in storages that a collective or a transfer has used."""
+    start: int = 0
+    """Bytes alive when it began."""
     end: int = 0
     """Bytes alive at its end."""
     traffic: int = 0
@@ -166,7 +168,7 @@ class MemoryTracker(TorchDispatchMode):
         """What follows belongs to phase `name`."""
         if self.phases:
             self.close()
-        self._phase = self.phases.setdefault(name, Phase())
+        self._phase = self.phases.setdefault(name, Phase(start=self.live))
         self._note_peak(0)
 
     def close(self) -> None:

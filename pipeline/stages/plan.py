@@ -30,7 +30,8 @@ def run(config: RunConfig, context: StageContext) -> None:
         raise ValueError(
             "stage=plan is one process and plans for plan.num_gpus GPUs; start it without torchrun"
         )
-    plan = make_plan(config)
+    with context.reporter.progress("plan: layouts found", config.plan.top) as tell:
+        plan = make_plan(config, tell)
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=TABLE_WIDTH)

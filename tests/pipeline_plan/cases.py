@@ -174,7 +174,7 @@ CASES: tuple[Case, ...] = (
     Case(name="mamba2", words=("mixer.branch=mamba2",)),
     Case(
         name="long_logits",
-        length=32768,
+        length=16384,
         chunk=256,
         sizes=(("hidden_size", 128), ("num_layers", 2), ("vocab_size", 32768)),
         words=("parallel.recompute=true", "convert.logits_elements=67108864"),
