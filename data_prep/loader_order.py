@@ -34,7 +34,6 @@ class SampleIndex:
         weights_key: what messages call `weights`.
         seed: order of the samples.
         shuffle: False gives the shards' order.
-        epoch_block: see `EPOCH_BLOCK`.
 
     Raises:
         ValueError: a weight of no source or kind, or not above 0.
@@ -48,7 +47,6 @@ class SampleIndex:
         *,
         seed: int,
         shuffle: bool,
-        epoch_block: int = EPOCH_BLOCK,
     ) -> None:
         self._pools = _make_pools(records, weights, weights_key, seed=seed, shuffle=shuffle)
         self._shuffle, self._seed = shuffle, seed
@@ -58,7 +56,7 @@ class SampleIndex:
         if weights is not None:
             self._borders = np.stack([np.zeros_like(sizes), _weighted_counts(weights)])
         else:
-            num_blocks = max(1, round(self.num_samples / epoch_block)) if shuffle else 1
+            num_blocks = max(1, round(self.num_samples / EPOCH_BLOCK)) if shuffle else 1
             steps = np.arange(num_blocks + 1)[:, None]
             self._borders = sizes[None] * steps // num_blocks
         # [blocks + 1, pools] samples of each pool before each block of a round of blocks.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +17,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from data_prep import loader_order
 from data_prep.loader import Batch, ShardLoader, collate
 from data_prep.sample import Sample
 from data_prep.shards import Manifest, ShardRecord, write_shard
@@ -132,6 +135,145 @@ def test_no_sample_is_lost_over_stops_with_other_ranks(
     assert seen == whole[: len(seen)]
     for start in range(0, len(whole) - TOTAL + 1, TOTAL):
         assert sorted(whole[start : start + TOTAL]) == list(range(TOTAL))
+
+
+@st.composite
+def runs(draw: st.DrawFn) -> tuple[list[list[int]], int, list[tuple[int, int, int, int]]]:
+    """Shard sizes by source, samples of a block, and (ranks, batch, steps, ahead) of each run."""
+    sizes = st.lists(st.integers(1, 9), min_size=1, max_size=5)
+    plan = st.tuples(st.integers(1, 5), st.integers(1, 3), st.integers(0, 6), st.integers(0, 3))
+    return (
+        draw(st.lists(sizes, min_size=1, max_size=3)),
+        draw(st.integers(1, 40)),
+        draw(st.lists(plan, min_size=1, max_size=4)),
+    )
+
+
+@settings(deadline=None, max_examples=80)
+@given(case=runs(), weighted=st.booleans(), seed=st.integers(0, 3))
+def test_any_shards_ranks_and_stops_give_every_sample_once_an_epoch(
+    case: tuple[list[list[int]], int, list[tuple[int, int, int, int]]], weighted: bool, seed: int
+) -> None:
+    """Each run goes on from the state of the one before, with other ranks and another prefetch."""
+    sizes, block, plans = case
+    with tempfile.TemporaryDirectory() as folder, _epoch_block(block):
+        total = _write_sources(Path(folder), sizes)
+        weights = {f"s{i}": float(i + 1) for i in range(len(sizes))} if weighted else None
+
+        def loader(**words: Any) -> ShardLoader:
+            return ShardLoader(folder, seed=seed, weights=weights, **words)
+
+        seen: list[int] = []
+        state: dict[str, Any] | None = None
+        for dp_size, batch_size, steps, ahead in plans:
+            parts, states = [], []
+            for rank in range(dp_size):
+                words = {"dp_rank": rank, "dp_size": dp_size, "prefetch": ahead}
+                one = loader(batch_size=batch_size, **words)
+                if state is not None:
+                    one.load_state_dict(json.loads(json.dumps(state)))
+                parts.append(take(one, steps))
+                states.append(one.state_dict())
+                one.close()
+            assert all(other == states[0] for other in states)
+            state = states[0]
+            seen += [n for step in zip(*parts, strict=True) for part in step for n in part]
+        whole = loader(batch_size=1, prefetch=0)
+        straight = [step[0] for step in take(whole, max(len(seen), 2 * total))]
+        assert seen == straight[: len(seen)]
+        if not weighted:
+            for start in range(0, len(straight) - total + 1, total):
+                assert sorted(straight[start : start + total]) == list(range(total))
+
+
+@contextlib.contextmanager
+def _epoch_block(size: int) -> Iterator[None]:
+    """Epochs in blocks of about so many samples, as those of large corpora are."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loader_order, "EPOCH_BLOCK", size)
+        yield
+
+
+def _write_sources(folder: Path, sources: list[list[int]]) -> int:
+    (folder / "train").mkdir(parents=True)
+    records: list[ShardRecord] = []
+    number = 0
+    for source, sizes in enumerate(sources):
+        for size in sizes:
+            path = folder / "train" / f"shard-{len(records):05d}.tar"
+            samples = [
+                Sample(
+                    tokens=np.full(LENGTH, number + i, dtype=np.int32),
+                    loss_mask=np.ones(LENGTH, dtype=np.uint8),
+                    cu_seqlens=np.asarray([0, LENGTH], dtype=np.int32),
+                    meta={"kind": "text", "source": f"s{source}", "ids": []},
+                )
+                for i in range(size)
+            ]
+            records.append(
+                write_shard(path, samples, first_key=number, source=f"s{source}", kind="text")
+            )
+            number += size
+    Manifest(
+        tokenizer_hash="t",
+        vocab_size=100,
+        seq_length=LENGTH,
+        config_hash="c",
+        config={},
+        splits={"train": tuple(records)},
+        reports={},
+    ).save(folder)
+    return number
+
+
+def test_what_is_read_ahead_and_not_taken_does_not_count(data: Path) -> None:
+    ahead = ShardLoader(data, batch_size=2, seed=1, prefetch=5)
+    first = take(ahead, 3)
+    state = ahead.state_dict()
+    assert state["consumed"] == 6
+    following = take(ahead, 2)
+    ahead.load_state_dict(state)
+    assert take(ahead, 2) == following
+    plain = ShardLoader(data, batch_size=2, seed=1, prefetch=0)
+    assert take(plain, 5) == first + following
+    with pytest.raises(ValueError, match="prefetch=-1 must be at least 0"):
+        ShardLoader(data, batch_size=2, prefetch=-1)
+
+
+def test_an_error_while_reading_ahead_comes_with_its_batch(tmp_path: Path) -> None:
+    folder = write_data(tmp_path / "data")
+    (folder / "train" / "shard-00003.tar").unlink()
+    loader = ShardLoader(folder, batch_size=1, prefetch=4, shuffle=False)
+    assert numbers(iter([next(loader) for _ in range(13)])) == list(range(13))
+    for _ in range(2):  # it does not go away, and no sample is skipped
+        with pytest.raises(ValueError, match=r"shard-00003.tar is missing"):
+            next(loader)
+    assert loader.consumed == 13
+
+
+def test_each_rank_compares_its_share_of_the_shards(tmp_path: Path) -> None:
+    """A damaged shard is found by one rank; the others would read it unnoticed."""
+    folder = write_data(tmp_path / "data")
+    shard = folder / "train" / "shard-00001.tar"
+    data = bytearray(shard.read_bytes())
+    data[512 + 128] ^= 1
+    shard.write_bytes(data)
+    for rank in range(3):
+        loader = ShardLoader(folder, batch_size=2, dp_rank=rank, dp_size=3, epochs=6)
+        if rank == 1:
+            with pytest.raises(ValueError, match="does not match the manifest's sha256"):
+                numbers(loader)
+        else:
+            assert numbers(loader)
+
+
+def test_manifests_of_the_first_version_are_read(data: Path, tmp_path: Path) -> None:
+    folder = write_data(tmp_path / "data")
+    plain = json.loads((folder / "manifest.json").read_text())
+    del plain["root"]
+    (folder / "manifest.json").write_text(json.dumps({**plain, "schema_version": 1}))
+    old, new = (ShardLoader(place, batch_size=4, epochs=1) for place in (folder, data))
+    assert numbers(old) == numbers(new)
 
 
 @settings(
