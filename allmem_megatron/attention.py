@@ -157,7 +157,7 @@ class TokenMixer(MegatronModule):
             q, k, v = self._qkv(x, inputs)
             full = self._project(self._attend(q, k, v, inputs, _FULL))
             window = self._project(self._attend(q, k, v, inputs, _window(settings)))
-            missing = full - window
+            missing = missing_from(window, full)
         del q, k, v, window
         arguments = (x.detach(), missing, inputs, settings)
         if self.recompute and torch.is_grad_enabled():
@@ -179,6 +179,18 @@ class TokenMixer(MegatronModule):
         if not settings.memory_off:
             left = left - self._memory(x, inputs, settings).float()
         return torch.stack((left.pow(2).sum(), missing.float().pow(2).sum()))
+
+
+def missing_from(window: Tensor, full: Tensor) -> Tensor:
+    """full - window; 0 for tokens where the two differ by rounding only.
+
+    A token that sees everything through window and sinks has nothing for the branch to learn, but
+    the two sums of its keys may be rounded differently, and losses are relative to what is missing.
+    """
+    missing = full - window
+    rounding = max(torch.finfo(full.dtype).eps, 1e-6)
+    size, whole = (x.float().norm(dim=-1, keepdim=True) for x in (missing, full))
+    return missing.masked_fill(size <= rounding * whole, 0)
 
 
 _FULL = Reach(window_size=None)

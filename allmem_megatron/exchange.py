@@ -227,12 +227,16 @@ class Exchange:
         For parameters used between the receipt of a state and its sending on. Their gradients
         would be ready here before this rank has sent the state's gradient, but at the rank before
         only after: a reduction over both, started as soon as the gradient is there, would wait for
-        a rank that waits for this one.
+        a rank that waits for this one. One node a tensor: ZeRO's buckets take gradients as they
+        come, and those of one node may come in another order on another rank.
         """
         anchor = next((t for t in tensors if _wanted(t)), None)
         if self._again(("hold", *key)) or anchor is None:
             return tensors
-        self._token, *held = _Hold.apply(self._chain(anchor), *tensors)
+        held = []
+        for tensor in tensors:
+            self._token, same = _Hold.apply(self._chain(anchor), tensor)
+            held.append(same)
         return tuple(held)
 
     def attach(self, x: Tensor) -> Tensor:
@@ -330,12 +334,12 @@ class _AllToAll(torch.autograd.Function):
 
 class _Hold(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, token: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return (token.clone(), *(t.view_as(t) for t in tensors))
+    def forward(ctx: Any, token: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        return token.clone(), x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:  # type: ignore[override]
-        return grads
+    def backward(ctx: Any, grad_token: Tensor, grad: Tensor) -> Any:  # type: ignore[override]
+        return grad_token, grad
 
 
 class _Attach(torch.autograd.Function):

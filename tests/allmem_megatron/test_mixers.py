@@ -196,9 +196,11 @@ def test_align_mode_trains_each_branch_towards_what_the_window_misses(hf_model, 
     assert history[-1] < 1.7
     with pytest.raises(ValueError, match="no alignment losses"):
         model.align_losses()
-    with model.mixer(settings("align")):  # shorter than the window: nothing to learn, no NaN
-        model.hidden_states(tokens[:, :WINDOW])
-    assert [float(loss) for loss in model.align_losses()] == [0.0, 0.0]
+    # window, or window and sinks, see everything: nothing to learn, no NaN, no rounding to learn
+    for num_tokens in (WINDOW, WINDOW + 1, WINDOW + SINKS):
+        with model.mixer(settings("align")):
+            model.hidden_states(tokens[:, :num_tokens])
+        assert [float(loss) for loss in model.align_losses()] == [0.0, 0.0]
 
 
 @pytest.mark.parametrize("mode", ["full", "allmem", "mamba2"])

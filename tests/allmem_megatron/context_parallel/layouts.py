@@ -40,13 +40,13 @@ def group() -> dist.ProcessGroup:
     return parallel_state.get_context_parallel_group()
 
 
-def deviation(got: Tensor, wanted: Tensor) -> float:
-    """The largest difference, over the largest entry wanted."""
+def deviation(got: Tensor, wanted: Tensor, least: float = 0.0) -> float:
+    """The largest difference, over the largest entry wanted or `least`, if that is more."""
     if got.shape != wanted.shape or not bool(got.isfinite().all()):
         return float("inf")
     if not wanted.numel():
         return 0.0
-    largest = float(wanted.abs().max())
+    largest = max(float(wanted.abs().max()), least)
     difference = float((got.double() - wanted.double()).abs().max())
     return difference / largest if largest else difference
 
