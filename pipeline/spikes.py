@@ -136,6 +136,8 @@ class StepRecord:
             self._detector.losses.clear()
         limits, spike = self._detector.limits(), self._detector.is_spike(loss)
         # Replicas may round a loss differently: one that sees a spike speaks for all.
+        if grad_norm < 0:  # DeepSpeed's word for one that is not finite
+            grad_norm = math.nan
         flags = sum_over_ranks([float(stop), float(spike)], self._context.device)
         spike = flags[1] > 0 and not skipped
         self.in_a_row = self.in_a_row + 1 if skipped else 0
