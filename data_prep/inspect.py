@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from data_prep.prepare import summary
+from data_prep.counts import summary
 from data_prep.sample import Sample
 from data_prep.shard_files import FoundShards, ShardFile, find_shards
 from data_prep.shards import Manifest
@@ -129,7 +129,7 @@ def _show_manifest(found: FoundShards, console: Console) -> None:
         table.add_column(name)
     for name in ("shards", "samples", "tokens", "loss"):
         table.add_column(name, justify="right")
-    for row in summary(found.manifest):
+    for row in sorted(summary(found.manifest), key=lambda row: row["split"] != "train"):
         share = row["num_loss_tokens"] / max(row["num_tokens"], 1)
         numbers = (f"{row[f'num_{name}']:,}" for name in ("shards", "samples", "tokens"))
         table.add_row(row["split"], row["source"], row["kind"], *numbers, f"{share:.1%}")

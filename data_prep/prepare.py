@@ -27,6 +27,7 @@ from data_prep.engine.streams import Stream, list_streams
 from data_prep.engine.workers import Missing, MissingUnits, Say, WorkersMissingError, owner_of
 from data_prep.engine.workers import wait_for_others as wait
 from data_prep.engine.write import ShardTask, existing, list_shards
+from data_prep.reasons import what_became_of
 from data_prep.shards import MANIFEST_NAME, Manifest, ShardRecord
 from data_prep.sources import SPLITS, filler_path, load_filler, make_filler
 from data_prep.storage import LocalStorage, Storage, is_remote, open_storage, shards_of
@@ -186,7 +187,7 @@ class _Preparation:
         fillers = self._make_fillers()
         plans = make_plans(self.config, streams, self.work, owner=self.owner)
         reports = self._reports(streams, plans, fillers)
-        tasks = self._tasks(streams, plans)
+        tasks = self._tasks(streams, plans, reports)
         self._claim({name: report["fingerprint"] for name, report in reports.items()})
         records = self._write(streams, tasks)
         manifest = Manifest(
@@ -262,11 +263,13 @@ class _Preparation:
             if (split, number) in found
         }
 
-    def _tasks(self, streams: list[Stream], plans: list[StreamPlan]) -> dict[str, list[ShardTask]]:
+    def _tasks(
+        self, streams: list[Stream], plans: list[StreamPlan], reports: dict[str, dict[str, Any]]
+    ) -> dict[str, list[ShardTask]]:
         """The shards of each split.
 
         Raises:
-            ValueError: a source has too few samples.
+            ValueError: a source has too few samples, or none to train on.
         """
         available: dict[tuple[str, int], int | None] = {
             (stream.split, stream.source_number): plan.num_available
@@ -276,7 +279,7 @@ class _Preparation:
         for split in SPLITS:
             there = [available.get((split, n)) for n in range(len(self.config.sources))]
             counts = [
-                self._count(number, share, there[number], split)
+                self._count(number, share, there[number], split, reports)
                 for number, share in enumerate(self.shares[split])
             ]
             tasks[split] = list_shards(
@@ -284,16 +287,29 @@ class _Preparation:
             )
         return tasks
 
-    def _count(self, number: int, wanted: int | None, available: int | None, split: str) -> int:
-        if wanted is None:
-            return available or 0
-        if available is not None and available < wanted:
+    def _count(
+        self,
+        number: int,
+        wanted: int | None,
+        available: int | None,
+        split: str,
+        reports: dict[str, dict[str, Any]],
+    ) -> int:
+        name = self.config.sources[number].name
+        few = available is not None and (wanted is not None and available < wanted)
+        none = available == 0 and wanted is None and split == "train"
+        story = what_became_of(reports[f"{split}/{name}"]) if few or none else ""
+        if none:
             raise ValueError(
-                f"source {self.config.sources[number].name} has {available} {split} samples, "
-                f"{wanted} are wanted; lower data.{split}_samples or its weight, or give it more "
-                "text"
+                f"source {name} has no train sample: {story}; loosen that setting, mend its path, "
+                "or leave the source out"
             )
-        return wanted
+        if few:
+            raise ValueError(
+                f"source {name} has {available} {split} samples, {wanted} are wanted; lower "
+                f"data.{split}_samples or its weight, or give it more text ({story})"
+            )
+        return (available or 0) if wanted is None else wanted
 
     def _claim(self, fingerprints: dict[str, str]) -> None:
         """Notes what the place is for before the first shard, so that no two plans mix in it."""

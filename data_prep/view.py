@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from data_prep.sample import Sample
 from data_prep.tokenize import TokenizerLike
 
-_CONTEXT = 4
+_CONTEXT = 8
 """Tokens decoded before a stretch, so that what a tokenizer does at a text's begin is not seen."""
 _CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
 _CONTROLS |= {0x7F: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
@@ -146,7 +146,7 @@ def document_runs(
             yield _left_out(document, at, start)
         for first, last in _runs(mask[start:end]):
             begin, stop = document.start + start + first, document.start + start + last
-            text = _decode(sample.tokens, begin, stop, document.start, tokenizer)
+            text = _decode(sample.tokens, begin, stop, document, tokenizer)
             yield Run(begin, stop, bool(mask[start + first]), visible(text))
         at = end
     if at < len(mask):
@@ -191,19 +191,23 @@ def _runs(mask: NDArray[np.uint8]) -> Iterator[tuple[int, int]]:
 
 
 def _decode(
-    tokens: NDArray[np.int32], start: int, end: int, first: int, tokenizer: TokenizerLike | None
+    tokens: NDArray[np.int32],
+    start: int,
+    end: int,
+    document: DocumentView,
+    tokenizer: TokenizerLike | None,
 ) -> str:
-    """Text of `tokens[start:end]` of a document that begins at `first`."""
+    """Text of `tokens[start:end]`; a character that goes on behind them belongs to what follows."""
     if tokenizer is None:
         return " ".join(map(str, tokens[start:end].tolist())) + " "
     backend = tokenizer.backend_tokenizer
-    context = tokens[max(first, start - _CONTEXT) : start].tolist()
+    context = tokens[max(document.start, start - _CONTEXT) : start].tolist()
     own = tokens[start:end].tolist()
-    before = backend.decode(context, skip_special_tokens=False) if context else ""
-    whole = str(backend.decode(context + own, skip_special_tokens=False))
-    if whole.startswith(before):
-        return whole[len(before) :]
-    return str(backend.decode(own, skip_special_tokens=False))
+    before = str(backend.decode(context, skip_special_tokens=False)) if context else ""
+    text = str(backend.decode(context + own, skip_special_tokens=False))
+    pairs = zip(before, text, strict=False)
+    text = text[sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)) :]
+    return text.rstrip("\N{REPLACEMENT CHARACTER}") if end < document.end else text
 
 
 def visible(text: str) -> str:

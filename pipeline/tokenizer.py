@@ -50,14 +50,41 @@ def _load(path: Path, stamp: Stamp) -> TokenizerLike:
     return load_tokenizer(path)
 
 
+def check_vocabulary(config: RunConfig) -> None:
+    """Refuse a `data.tokenizer` under which the base model's token ids would mean other text.
+
+    Tokens and a chat template may be added; nothing is compared where the base model comes without
+    a tokenizer, or is made from scratch.
+
+    Raises:
+        ValueError: a token of the base model's own tokenizer has another id, or none.
+    """
+    base = base_path(config)
+    if base is None or not config.data.tokenizer:
+        return
+    given = resolve_path(config.data.tokenizer)
+    if given == base or not (base.suffix == ".gguf" or (base / "tokenizer.json").is_file()):
+        return
+    ids = open_tokenizer(config).get_vocab()
+    for token, number in sorted(load_tokenizer(base).get_vocab().items(), key=lambda item: item[1]):
+        if ids.get(token) != number:
+            raise ValueError(
+                f"data.tokenizer={config.data.tokenizer} gives {token!r} the id {ids.get(token)}, "
+                f"the tokenizer of model.path={config.model.path} gives it {number}: the model "
+                "would read other text; leave data.tokenizer out, or extend the model's own"
+            )
+
+
 def check_tokenizer(config: RunConfig, data_dir: Path) -> None:
     """Refuse to go on from shards of another tokenizer; their ids would mean other text.
 
     Nothing is compared where there are no shards yet or the run has no tokenizer of its own.
 
     Raises:
-        ValueError: the tokenizer was replaced since `prepare`, or cannot be read.
+        ValueError: the tokenizer was replaced since `prepare`, cannot be read, or is not the base
+            model's.
     """
+    check_vocabulary(config)
     without = not config.data.tokenizer and config.model.path is None
     if without or not (data_dir / MANIFEST_NAME).is_file():
         return

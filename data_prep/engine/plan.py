@@ -26,6 +26,7 @@ from data_prep.engine.parts import Part, PartRecord
 from data_prep.engine.streams import Stream, Used, unit_state
 from data_prep.pack import WINDOW_PIECES, CutCounts, pack_pieces
 from data_prep.readers import UnitReport
+from data_prep.readers.base import MAX_EXAMPLES
 
 PIECE = np.dtype([("part", "<u4"), ("document", "<u4"), ("start", "<u4"), ("length", "<u4")])
 _BLOCK = 1 << 16
@@ -92,6 +93,7 @@ class _Duplicates:
 
     exact: NDArray[np.bool_]
     near: NDArray[np.bool_]
+    examples: list[str]
 
 
 def _find_duplicates(
@@ -121,10 +123,34 @@ def _find_duplicates(
     path.unlink()
     exact, near = (found.keeper >= 0) & ~found.near, found.near
     ends = np.cumsum(counts)
-    return [
-        _Duplicates(exact[end - count : end], near[end - count : end])
+    first = [
+        end - count + np.flatnonzero(found.keeper[end - count : end] >= 0)[:MAX_EXAMPLES]
         for count, end in zip(counts, ends, strict=True)
     ]
+    wanted = np.concatenate(first)
+    names = _names(streams, work, {*wanted.tolist(), *found.keeper[wanted].tolist()})
+    return [
+        _Duplicates(
+            exact[end - count : end],
+            near[end - count : end],
+            [f"{names[i]}: {found.reason(i)} of {names[found.keeper[i]]}" for i in shown.tolist()],
+        )
+        for count, end, shown in zip(counts, ends, first, strict=True)
+    ]
+
+
+def _names(streams: list[Stream], work: Path, wanted: set[int]) -> dict[int, str]:
+    """Ids of some documents by their number over all streams."""
+    names: dict[int, str] = {}
+    first = 0
+    for stream in streams if wanted else []:
+        for _, part, rows, _ in _documents(stream, work, None):
+            here = [number for number in wanted if first <= number < first + len(rows)]
+            for number in here:
+                place = number - first
+                names[number] = part.identities(rows[place : place + 1])[0]
+            first += len(rows)
+    return names
 
 
 def _documents(
@@ -305,11 +331,14 @@ class _Planner:
             "num_dropped_too_long": too_long,
             "dropped": dropped,
             "dropped_examples": [str(sample) for sample in read.dropped_samples],
+            "dropped_excerpts": [sample.excerpt for sample in read.dropped_samples],
+            "duplicate_examples": self._duplicates.examples if self._duplicates else [],
             "cuts": read.cuts,
             "lengths": [int(number) for number in self._histogram[: last + 1]],
             "num_bad": read.num_bad,
             "bad_reasons": read.reasons,
             "bad": read.examples,
+            "bad_excerpts": [sample.excerpt for sample in read.samples],
         }
 
 

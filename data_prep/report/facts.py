@@ -7,14 +7,13 @@ from typing import Any
 
 from data_prep.decontaminate import CONTAMINATED
 from data_prep.dedup import EXACT, NEAR
+from data_prep.reasons import PIECE_REASONS
 from data_prep.sample import Sample
 from data_prep.shard_files import ShardFile
 from data_prep.shards import Manifest, ShardRecord
 from data_prep.storage import RemoteStorage, Storage
 
 SPLITS = ("train", "eval")
-PIECE_REASONS = ("tail", "end beyond the first window")
-"""Reasons that drop a part of a document, not the document."""
 KEPT, UNREADABLE = "kept", "unreadable"
 CATEGORIES = (
     KEPT,

@@ -108,8 +108,8 @@ def lengths_figure(facts: Facts) -> Figure | None:
         va="bottom",
         **_TEXT,
     )
-    places = np.arange(first, max(last, int(np.ceil(limit))) + 1)
-    axis.set_xlim(first - 0.6, places[-1] + 0.8)
+    places = np.arange(min(first, int(limit)), max(last, int(np.ceil(limit))) + 1)
+    axis.set_xlim(places[0] - 0.6, places[-1] + 0.8)
     axis.set_xticks(places, [f"{2**place:,}" for place in places], rotation=30, ha="right")
     axis.set_xlabel("tokens of a document, at most")
     axis.set_ylabel("documents kept")
@@ -192,7 +192,7 @@ def _fold(rows: Sequence[SourceFacts]) -> list[SourceFacts]:
 
 
 def _rows_figure(rows: Sequence[SourceFacts]) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(_WIDTH, 1.25 + 0.36 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(_WIDTH, 1.4 + 0.36 * len(rows)), layout="constrained")
     axis = figure.subplots()
     axis.set_yticks(range(len(rows)), [f"{row.split}  {_name(row.name)}" for row in rows])
     axis.invert_yaxis()
@@ -214,7 +214,9 @@ def _finish(figure: Figure, axis: Axes) -> Figure:
     axis.tick_params(colors="#333333", labelsize=10)
     axis.xaxis.label.set_color("#555555")
     axis.yaxis.label.set_color("#555555")
-    figure.legend(loc="outside upper left", ncols=8, frameon=False, fontsize=10)
+    entries = len(axis.get_legend_handles_labels()[0])
+    columns = entries if entries <= 6 else 4
+    figure.legend(loc="outside upper left", ncols=max(columns, 1), frameon=False, fontsize=10)
     return figure
 
 

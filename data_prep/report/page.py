@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from data_prep.reasons import explain
 from data_prep.report import texts
 from data_prep.report.facts import Facts, Shown, SourceFacts
 from data_prep.report.figures import human, percent
@@ -159,7 +160,7 @@ def _dropped(facts: Facts, images: Mapping[str, bytes]) -> str:
         (
             drop.reason,
             _place(source),
-            texts.explain(drop.reason),
+            explain(drop.reason),
             f"{drop.documents:,}",
             f"{human(drop.amount)} {drop.unit}",
         )
@@ -175,6 +176,7 @@ def _dropped(facts: Facts, images: Mapping[str, bytes]) -> str:
         + figure(images, "kept", texts.KEPT_FIGURE)
         + table(head, rows, text_columns=3)
         + _examples(facts, "dropped_examples", "dropped_excerpts", "Examples of dropped documents")
+        + _examples(facts, "duplicate_examples", "", "Examples of duplicates")
         + _cuts(facts)
     )
 

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import yaml
-
-from data_prep.decontaminate import CONTAMINATED
-from data_prep.dedup import EXACT, NEAR
 
 FOOTER = "Made by stage=prepare from manifest.json and the shards; it needs no network."
 SOURCES = (
@@ -45,35 +41,6 @@ FACTS = (
     "The same configuration, text and tokenizer give the same bytes on every machine; the loader "
     "compares each shard with its SHA-256 when it first opens it."
 )
-_EXPLAINED = {
-    EXACT: "the same words as an earlier document, upper and lower case aside (dedup.mode)",
-    NEAR: "nearly the same words as an earlier document (dedup.threshold)",
-    CONTAMINATED: "holds a passage of an evaluation set (decontaminate)",
-    "tail": "the end of a document, too short to be kept (packing, min_tail)",
-    "end beyond the first window": "cut off because documents keep one window (long_documents)",
-    "longer than a sample": "does not fit a sample and is not to be cut (long_documents)",
-    "too few tokens": "shorter than filters.min_tokens",
-    "too many tokens": "longer than filters.max_tokens",
-    "conversation too long": "does not fit a sample (chat.too_long)",
-    "no response within seq_length": "the first response lies beyond the sample (chat.too_long)",
-    "no room for the document": "too little of the document would be left (chat)",
-    "empty after normalising": "nothing but control characters and spaces (filters.normalise)",
-}
-_PATTERNS = (
-    (r"language ", "not one of filters.languages"),
-    (r"(fewer|more) than \d+ characters", "filters.min_characters, filters.max_characters"),
-    (r"(fewer|more) than \d+ words", "filters.min_words, filters.max_words"),
-    (r"less than .* letters", "mostly signs (filters.min_letter_fraction)"),
-    (r".*repeated", "lines that come again (filters.max_repeated_line_fraction)"),
-    (r".*line", "filters.max_line_characters"),
-)
-
-
-def explain(reason: str) -> str:
-    """What a reason means and which setting decides it; empty for an unknown one."""
-    if reason in _EXPLAINED:
-        return _EXPLAINED[reason]
-    return next((words for pattern, words in _PATTERNS if re.match(pattern, reason)), "")
 
 
 def as_yaml(config: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ from data_prep.atomic import write_atomic
 from data_prep.report.facts import collect
 from data_prep.report.figures import figures, png
 from data_prep.report.page import build_page
-from data_prep.shards import Manifest
+from data_prep.shards import MANIFEST_NAME, Manifest
 from data_prep.storage import shards_of
 from data_prep.tokenize import TokenizerLike
 
@@ -35,6 +35,8 @@ def write_report(
         OSError: the disk is full.
     """
     out_path = Path(out_dir)
+    # As it is read back, so that the order of names is always the same.
+    manifest = Manifest.from_bytes(manifest.to_bytes(), MANIFEST_NAME)
     facts = collect(manifest, shards_of(manifest, out_path))
     images = {name: png(figure) for name, figure in figures(facts).items()}
     page = build_page(facts, images, tokenizer)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from data_prep.prepare import WorkersMissingError, prepare_shards, summary
+from data_prep.report import FIGURES, REPORT_NAME, write_report
 from data_prep.shards import MANIFEST_NAME, Manifest
 from pipeline.console import Reporter
 from pipeline.context import StageContext
@@ -14,7 +15,7 @@ from pipeline.distributed import on_main, on_some
 from pipeline.models import check_base
 from pipeline.schema import RunConfig
 from pipeline.survival import StopRequested, stop
-from pipeline.tokenizer import open_tokenizer
+from pipeline.tokenizer import check_vocabulary, open_tokenizer
 from pipeline.wording import count
 
 
@@ -30,7 +31,7 @@ def run(config: RunConfig, context: StageContext) -> None:
     """
     started = time.perf_counter()
     ranks = context.ranks
-    on_main(ranks, lambda: check_base(config))
+    on_main(ranks, lambda: _check(config))
     if ranks.world_size > 1:
         if config.data.num_workers > 1:
             raise ValueError(
@@ -44,9 +45,19 @@ def run(config: RunConfig, context: StageContext) -> None:
         ranks, True, lambda: _prepare(config, context.data_dir, context.entry, context.reporter)
     )
     assert manifest is not None
-    context.artifact(context.data_dir / MANIFEST_NAME)
+    tokenizer = open_tokenizer(config)
+    page, *figures = on_main(
+        ranks, lambda: write_report(manifest, context.data_dir, tokenizer=tokenizer)
+    )
+    context.artifact(context.data_dir / MANIFEST_NAME, page)
+    context.artifact(*figures, folder=FIGURES)
     if ranks.is_main:
         _report(manifest, context, time.perf_counter() - started)
+
+
+def _check(config: RunConfig) -> None:
+    check_base(config)
+    check_vocabulary(config)
 
 
 def assist(config: RunConfig) -> None:
@@ -55,7 +66,7 @@ def assist(config: RunConfig) -> None:
     Raises:
         ValueError, OSError, StopRequested: as `run`.
     """
-    check_base(config)
+    _check(config)
     reporter = Reporter(every_s=config.run.log_every_s)
     entry = f"prepare, worker {config.data.worker_rank}"
     _prepare(config, Path(config.run.dir) / "prepare", entry, reporter)
@@ -103,3 +114,4 @@ def _report(manifest: Manifest, context: StageContext, seconds: float) -> None:
         if report["num_bad"]:
             reasons = ", ".join(f"{n} × {why}" for why, n in report["bad_reasons"].items())
             context.say(f"{name}: {count(report['num_bad'], 'unreadable record')} ({reasons})")
+    context.say(f"{context.entry}: {context.data_dir / REPORT_NAME} shows it all")
