@@ -18,6 +18,7 @@ from pipeline.survival import EXIT_RANK_LOST, write_line
 from pipeline.wire import Message, Wire, listen
 
 _TICK_S = 0.5
+_JITTER_S = 1.0  # of when beats come
 _COME_UP_S = 60.0
 """Seconds that every rank has at least to connect."""
 
@@ -60,6 +61,7 @@ class Hub:
         self._first_gone = True
         self._stopping = False
         self._next_warning = patience.warning_s
+        self._waited = 0.0
         self._started = time.monotonic()
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listening, selectors.EVENT_READ)
@@ -189,8 +191,10 @@ class Hub:
             if member.state and not member.left
         ]
         waited = max((rank.stuck_s for rank in ranks), default=0.0)
-        if waited < self._patience.warning_s:
+        if waited < self._waited - _JITTER_S:  # something has moved
             self._next_warning = self._patience.warning_s
+        self._waited = waited
+        if waited < self._patience.warning_s:
             return
         if waited >= self._patience.hang_s and any(rank.hangs for rank in ranks):
             self._gone.update(self._members)  # once

@@ -194,17 +194,22 @@ def _replace_functions() -> list[tuple[Any, str, Any]]:
         finally:
             _leave(thread, crumb)
 
+    make = dist.P2POp.__init__
+
+    def make_of_ours(operation: Any, op: Any, *args: Any, **options: Any) -> None:
+        make(operation, op, *args, **options)
+        # PyTorch asks by identity which of the two it is, and callers may have kept the originals.
+        operation.op = next(f for f in (distributed_c10d.isend, distributed_c10d.irecv) if f == op)
+
+    before.append((dist.P2POp, "__init__", make))
+    dist.P2POp.__init__ = make_of_ours  # type: ignore[method-assign, assignment]
     before.append((dist.Work, "wait", wait))
     dist.Work.wait = watched_wait  # type: ignore[method-assign, assignment]
     return before
 
 
 class _Watched:
-    """A function of `torch.distributed` that leaves a breadcrumb.
-
-    It equals the function itself, because `P2POp` asks whether it was given `isend` or `irecv`, and
-    callers may have kept either.
-    """
+    """A function of `torch.distributed` that leaves a breadcrumb; equals the function itself."""
 
     def __init__(self, name: str, form: _Form, function: Callable[..., Any]) -> None:
         self._name, self._form, self._function = name, form, function
