@@ -165,12 +165,14 @@ def barrier() -> None:
         dist.barrier()
 
 
-def sum_over_ranks(values: Sequence[float], device: torch.device) -> list[float]:
-    """Sum numbers over all ranks, in float64."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+def sum_over_ranks(
+    values: Sequence[float], device: torch.device, group: dist.ProcessGroup | None = None
+) -> list[float]:
+    """Sum numbers over all ranks, or those of a group, in float64."""
+    if not dist.is_initialized() or dist.get_world_size(group) == 1:
         return [float(value) for value in values]
     total = torch.tensor(list(values), dtype=torch.float64, device=device)
-    dist.all_reduce(total)
+    dist.all_reduce(total, group=group)
     return [float(value) for value in total.tolist()]
 
 
