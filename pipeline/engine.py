@@ -28,6 +28,7 @@ from allmem_megatron.sharding import set_part
 from pipeline.adamw import MOMENTS, GuardedAdamW
 from pipeline.batches import MicroBatch
 from pipeline.distributed import Ranks, sum_over_ranks
+from pipeline.gradients import GradientOrder, clip_gradients, fill_gradient
 from pipeline.mpu import ModelParallelUnit
 from pipeline.objectives import Objective
 from pipeline.schema import OptimSettings
@@ -36,6 +37,7 @@ from pipeline.zero import check_zero, reduce_bucket
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import deepspeed
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_grad,
@@ -133,7 +135,6 @@ class Engine:
         self._zero_size = mpu.get_data_parallel_world_size()
         self._tp_size = mpu.get_tensor_model_parallel_world_size()
         self._tp_group = mpu.get_tensor_model_parallel_group()
-        self._tp_rank = mpu.get_tensor_model_parallel_rank()
         self._trained = dict(trained)
         self._zero_stage = zero_stage
         self._grad_clip = optim.grad_clip
@@ -164,6 +165,8 @@ class Engine:
         # DeepSpeed links moments after the first parameter group's first step, when the second
         # group's do not exist yet; made now, both are linked.
         self._create_moments()
+        if zero_stage and not isinstance(self._engine.optimizer, BF16_Optimizer):
+            self._order_gradients()  # that one has a place for each and reduces all, in order
         self._loss_is_finite = False
         self._grad_norm = math.nan
         self._adamw.guard = self._may_update
@@ -180,7 +183,7 @@ class Engine:
             "train_micro_batch_size_per_gpu": micro_batch_size,
             "gradient_accumulation_steps": num_micro_batches,
             "train_batch_size": micro_batch_size * num_micro_batches * self._zero_size,
-            # Without ZeRO DeepSpeed does not tell the norm, so `_clip` clips there.
+            # Without ZeRO DeepSpeed does not tell the norm, so `_update` clips there.
             "gradient_clipping": self._grad_clip if self._zero_stage else 0.0,
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
@@ -197,6 +200,19 @@ class Engine:
             "wall_clock_breakdown": False,
             "timers": {"throughput": {"enabled": False}},
         }
+
+    def _order_gradients(self) -> None:
+        """Let all ranks hand the same gradients to ZeRO in the same order."""
+        order = GradientOrder(
+            self._engine.optimizer, list(self._trained.values()), at_end=self.ranks.cp > 1
+        )
+        reduce = self._engine.allreduce_gradients
+
+        def finish_and_reduce(*arguments: Any, **options: Any) -> None:
+            order.finish()
+            reduce(*arguments, **options)
+
+        self._engine.allreduce_gradients = finish_and_reduce  # called at the end of each backward
 
     def train_step(self, batches: Sequence[MicroBatch], *, lr: float) -> StepResult:
         """Forward, backward and one AdamW step over the step's micro-batches.
@@ -271,7 +287,12 @@ class Engine:
     def _update(self, *, loss: float) -> float:
         """The optimizer's step after the last backward pass; the gradient's norm."""
         self._loss_is_finite = math.isfinite(loss)
-        self._grad_norm = math.nan if self._zero_stage else self._clip()
+        self._grad_norm = math.nan
+        if not self._zero_stage:  # DeepSpeed does not tell a norm then, so it does not clip either
+            parameters = list(self._trained.values())
+            for parameter in parameters:
+                fill_gradient(parameter)  # AdamW passes over what has none
+            self._grad_norm = clip_gradients(parameters, self._grad_clip, group=self._tp_group)
         self._engine.step()
         if self._zero_stage:
             self._grad_norm = float(self._engine.get_global_grad_norm())
@@ -284,23 +305,6 @@ class Engine:
             norm = float(self._engine.optimizer._global_grad_norm)
         # a negative norm is DeepSpeed's word for one that is not finite
         return self._loss_is_finite and math.isfinite(norm) and norm >= 0.0
-
-    def _clip(self) -> float:
-        """Clip the gradient where DeepSpeed does not; its norm before.
-
-        What tensor-parallel ranks hold in common counts once, what is split over them in sum.
-        """
-        gradients = [(p, p.grad) for p in self._trained.values() if p.grad is not None]
-        squares = torch.zeros((), dtype=torch.float32, device=self.ranks.device)
-        for parameter, gradient in gradients:
-            if self._tp_rank == 0 or getattr(parameter, "tensor_model_parallel", False):
-                squares += gradient.float().square().sum()
-        torch.distributed.all_reduce(squares, group=self._tp_group)
-        norm = math.sqrt(squares) if math.isfinite(squares) else float(squares)
-        if self._grad_clip and norm > self._grad_clip and math.isfinite(norm):
-            for _, gradient in gradients:
-                gradient.mul_(self._grad_clip / (norm + 1e-6))
-        return norm
 
     def tensor(self, name: str, kind: Kind) -> Tensor:
         """One trained parameter, or a moment of it, in float32 on the CPU.
