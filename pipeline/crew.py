@@ -342,9 +342,15 @@ def aboard(crew: Crew, hub: Hub | None) -> Iterator[None]:
         stop.tell = None
         if well:
             crew.close()
-            _mine.clear()
-        if hub is not None:
-            hub.close(_LINGER_S)
+            linger()
+
+
+def linger() -> None:
+    """Before the process ends: let the other ranks hear what rank 0's hub has told them."""
+    for part in _mine:
+        if isinstance(part, Hub):
+            part.close(_LINGER_S)
+    _mine.clear()
 
 
 @contextlib.contextmanager

@@ -166,8 +166,10 @@ def _assist(config: RunConfig) -> int:
 def _leave() -> None:
     """End the process group; only at the process's end, for DeepSpeed keeps groups by itself."""
     if "torch" in sys.modules:
+        from pipeline.crew import linger
         from pipeline.distributed import shutdown
 
+        linger()
         shutdown()
 
 

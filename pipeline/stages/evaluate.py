@@ -7,6 +7,7 @@ all ranks are put together.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -45,7 +46,7 @@ from pipeline.models import base_config, choose_dtype, load_model
 from pipeline.report import write_report
 from pipeline.schema import RunConfig
 from pipeline.scoring import prefill, prefill_speeds, score_batch
-from pipeline.survival import stop, stop_if_asked
+from pipeline.survival import StopRequested, stop, stop_if_asked
 from pipeline.wording import count
 
 
@@ -287,15 +288,20 @@ class _Evaluation:
                 nonlocal done
                 done += 1
                 advance(done)
+                if self._stops():
+                    raise StopRequested
 
-            speeds = prefill_speeds(
-                runs,
-                tokens.numel(),
-                repeats=settings.timing_repeats,
-                warmup=settings.timing_warmup,
-                device=self.context.device,
-                progress=advanced,
-            )
+            speeds: dict[str, float] = {}
+            with contextlib.suppress(StopRequested):  # all ranks stop together, below
+                speeds = prefill_speeds(
+                    runs,
+                    tokens.numel(),
+                    repeats=settings.timing_repeats,
+                    warmup=settings.timing_warmup,
+                    device=self.context.device,
+                    progress=advanced,
+                )
+        stop_if_asked(ranks, f"{self.context.entry} stopped at the speeds")
         speeds = on_main(ranks, lambda: speeds)
         on_main(ranks, lambda: self.partial.save("speed", key, speeds))
         return speeds

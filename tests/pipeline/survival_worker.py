@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import hang
-from pipeline.crew import Crew, aboard
+from pipeline.crew import Crew, aboard, linger
 from pipeline.hub import Hub, Patience
 from pipeline.survival import RankLostError, StopRequested, exit_code, hearing_signals, stop
 from pipeline.wire import connect
@@ -163,4 +163,5 @@ def main() -> int:
 if __name__ == "__main__":
     with hearing_signals():
         status = main()
+    linger()
     sys.exit(status)
