@@ -121,7 +121,8 @@ class Ranks:
     """
 
     COUNT = 4
-    TIMEOUT_S = 120
+    TIMEOUT_S = 300
+    """Of one case; the first one waits for the imports of all ranks too."""
 
     def __init__(self) -> None:
         self._processes: list[subprocess.Popen[str]] = []

@@ -113,7 +113,7 @@ def test_any_layout_equals_one_rank(ranks):
 
 @pytest.mark.slow
 def test_any_layout_equals_one_rank_many_times(ranks):
-    check_drawn(ranks, 3000)
+    check_drawn(ranks, 1500)
 
 
 def test_each_key_comes_once_and_no_more_than_are_seen(ranks):
