@@ -182,10 +182,10 @@ class Shipper:
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(self._settings.timeout_s))
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "1")
-        for name in ("alembic", "mlflow"):
-            logging.getLogger(name).setLevel(logging.ERROR)
         from mlflow.tracking import MlflowClient
 
+        for name in ("alembic", "mlflow"):  # after the import, which sets them to INFO
+            logging.getLogger(name).setLevel(logging.ERROR)
         client = MlflowClient(tracking_uri=self._uri)
         experiment = client.get_experiment_by_name(self._settings.experiment)
         experiment_id = (

@@ -82,7 +82,7 @@ def test_batches_of_all_phases_split_into_the_same_number_of_passes() -> None:
         split_over_ranks("pretrain", phases(16, 6, 4), 1)
     with pytest.raises(ValueError, match=r"micro_batch_size=1 does not .* to 2 or 4 or 8$"):
         split_over_ranks("convert", phases(8, 4, 1), 1)
-    with pytest.raises(ValueError, match="does not split over 3 ranks"):
+    with pytest.raises(ValueError, match="does not split over 3 data-parallel ranks"):
         split_over_ranks("pretrain", phases(16, 8, None), 3)
 
 
