@@ -28,7 +28,7 @@ from data_prep.engine.workers import Missing, MissingUnits, Say, WorkersMissingE
 from data_prep.engine.workers import wait_for_others as wait
 from data_prep.engine.write import ShardTask, existing, list_shards
 from data_prep.reasons import what_became_of
-from data_prep.shards import MANIFEST_NAME, Manifest, ShardRecord
+from data_prep.shards import MANIFEST_NAME, Manifest, ShardRecord, record_name
 from data_prep.sources import SPLITS, filler_path, load_filler, make_filler
 from data_prep.storage import LocalStorage, Storage, is_remote, open_storage, shards_of
 from data_prep.tokenize import TokenizerLike
@@ -361,7 +361,7 @@ class _Preparation:
                 continue
             source = self.config.sources[task.source]
             record = None
-            if write.record_name(task.name) in names[task.split]:
+            if record_name(task.name) in names[task.split]:
                 planned = (source.name, source.sample_kind, task.count)
                 record = existing(self.storage, task.name, planned, verify=False)
             if record is None:

@@ -139,6 +139,11 @@ def shard_name(number: int) -> str:
     return f"shard-{number:05d}.tar"
 
 
+def record_name(shard: str) -> str:
+    """The file that tells of a shard: its record and where in it each sample is."""
+    return f"{shard}.json"
+
+
 def write_shard(
     path: Path, samples: Iterable[Sample], *, first_key: int, source: str, kind: str
 ) -> ShardRecord:
@@ -155,7 +160,14 @@ def write_shard(
 
 
 def write_samples(
-    stream: Any, samples: Iterable[Sample], *, first_key: int, name: str, source: str, kind: str
+    stream: Any,
+    samples: Iterable[Sample],
+    *,
+    first_key: int,
+    name: str,
+    source: str,
+    kind: str,
+    places: list[list[int]] | None = None,
 ) -> ShardRecord:
     """Writes samples as a tar file into a stream that takes bytes, and gives the record.
 
@@ -166,13 +178,17 @@ def write_samples(
         name: of the shard, relative to the manifest.
         source: of all samples.
         kind: of all samples.
+        places: filled with the offset of each sample's first member and the sizes of all four.
     """
     counts = _Counts()
     digest = _HashingWriter(stream)
     # USTAR: plain fixed headers, no extension records that would depend on the writer.
     with tarfile.open(fileobj=digest, mode="w|", format=tarfile.USTAR_FORMAT) as archive:
         for offset, sample in enumerate(samples):
-            for part, data in encode_sample(sample).items():
+            members = encode_sample(sample)
+            if places is not None:
+                places.append([archive.offset, *map(len, members.values())])
+            for part, data in members.items():
                 info = tarfile.TarInfo(f"{first_key + offset:09d}.{part}")
                 info.size = len(data)
                 archive.addfile(info, io.BytesIO(data))
@@ -252,6 +268,29 @@ def index_shard(data: BinaryIO, name: str) -> list[dict[str, tuple[int, int]]]:
     return list(samples.values())
 
 
+def members_at(places: list[list[int]]) -> list[dict[str, tuple[int, int]]]:
+    """What `index_shard` gives, from the places that `write_samples` noted."""
+    samples = []
+    for offset, *sizes in places:
+        parts = {}
+        for part, size in zip(MEMBERS, sizes, strict=True):
+            parts[part] = (offset + tarfile.BLOCKSIZE, size)
+            offset += tarfile.BLOCKSIZE * (1 - (-size // tarfile.BLOCKSIZE))
+        samples.append(parts)
+    return samples
+
+
+def load_record(data: bytes) -> tuple[ShardRecord, list[list[int]] | None]:
+    """A shard's own record (`shard-00000.tar.json`) and the places of its samples, if it has them.
+
+    Raises:
+        ValueError, TypeError: it is none.
+    """
+    plain = json.loads(data)
+    places = plain.pop("samples", None)
+    return ShardRecord(**plain), places
+
+
 def _check_end(data: BinaryIO, name: str) -> None:
     """A whole archive is made of records and ends with two empty blocks."""
     size = data.seek(0, os.SEEK_END)
@@ -278,6 +317,17 @@ def read_samples(stream: BinaryIO, name: str) -> Iterator[Sample]:
     """All samples of an open shard, in order."""
     for number, parts in enumerate(index_shard(stream, name)):
         yield read_sample(stream, parts, f"{name}, sample {number}")
+
+
+def sample_span(parts: dict[str, tuple[int, int]]) -> tuple[int, int]:
+    """The first byte of a sample's members and the one behind the last."""
+    return min(at for at, _ in parts.values()), max(at + size for at, size in parts.values())
+
+
+def cut_sample(data: bytes, start: int, parts: dict[str, tuple[int, int]], where: str) -> Sample:
+    """One sample from the bytes of a shard from `start` on."""
+    members = {part: data[at - start : at - start + n] for part, (at, n) in parts.items()}
+    return decode_sample(members, where)
 
 
 def read_sample(stream: BinaryIO, parts: dict[str, tuple[int, int]], where: str) -> Sample:

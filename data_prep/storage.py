@@ -73,6 +73,14 @@ class Storage(Protocol):
         """Deletes what killed processes of this owner left half written."""
         ...
 
+    def read_range(self, name: str, start: int, stop: int) -> bytes:
+        """Bytes `start:stop` of a file.
+
+        Raises:
+            FileNotFoundError: it is not there.
+        """
+        ...
+
     def open(self, name: str) -> io.BufferedReader:
         """A file that is open for reading and has a descriptor (`fileno`).
 
@@ -134,6 +142,12 @@ class LocalStorage:
         """As `Storage` says."""
         for path in (self.folder / folder).glob(f"*{self._owner}{PARTIAL}"):
             path.unlink(missing_ok=True)
+
+    def read_range(self, name: str, start: int, stop: int) -> bytes:
+        """As `Storage` says."""
+        with open(self.folder / name, "rb") as stream:
+            stream.seek(start)
+            return stream.read(stop - start)
 
     def open(self, name: str) -> io.BufferedReader:
         """As `Storage` says."""
@@ -223,6 +237,10 @@ class RemoteStorage:
     def delete_partials(self, folder: str) -> None:
         """Nothing to do: a file without its record does not count and is written again."""
         del folder
+
+    def read_range(self, name: str, start: int, stop: int) -> bytes:
+        """As `Storage` says."""
+        return bytes(self._fs.cat_file(self._path(name), start=start, end=stop))
 
     def open(self, name: str) -> io.BufferedReader:
         """As `Storage` says: a local copy, gone when it is closed (or the process ends)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any, overload
 
@@ -37,9 +38,9 @@ def encode_text(tokenizer: TokenizerLike, text: str | Sequence[str]) -> list[int
     return ids
 
 
-MAX_CHARACTERS = 1 << 22
-"""Longer texts are cut before they are tokenized: what the tokenizer holds for a text is some 100
-bytes a token."""
+MAX_CHARACTERS = 1 << 18
+"""Longer texts are cut before they are tokenized: what the tokenizer holds for a text is some
+hundred bytes a token."""
 
 
 class TextEncoder:
@@ -48,9 +49,8 @@ class TextEncoder:
     Args:
         backend: a `tokenizers.Tokenizer` (`tokenizer.backend_tokenizer`).
         dtype: of the ids.
-        max_characters: cut longer texts, behind a line end where there is one in the second half of
-            the stretch, else behind a space, else anywhere. Only there can ids differ from those of
-            the whole text, and only with tokenizers whose tokens go on past line ends.
+        max_characters: longer texts are cut (`cut_text`); only where a cut falls can ids differ
+            from those of the whole text, and not with byte-level BPE where it is at a line's end.
     """
 
     def __init__(
@@ -86,16 +86,43 @@ class TextEncoder:
         return [np.array(encoding.ids, dtype=self._dtype) for encoding in found]
 
 
+_LINE_BORDER = re.compile(r"\n(?=\S)")
+_WORD_BORDER = re.compile(r"\S(?= \S)")
+
+
 def cut_text(text: str, max_characters: int) -> list[str]:
-    """The text in stretches of at most so many characters, behind line ends or spaces if it can."""
+    """The text in stretches of at most so many characters.
+
+    Each ends, if its second half has such a place, behind the last line end that no white space
+    follows, else before the last single space between words: there tokenizers that split text into
+    words before they look for tokens (byte-level BPE does) begin a new one anyway.
+    """
     stretches = []
     start = 0
     while len(text) - start > max_characters:
-        middle, limit = start + max_characters // 2, start + max_characters
-        border = text.rfind("\n", middle, limit) + 1 or text.rfind(" ", middle, limit) + 1
-        stretches.append(text[start : border or limit])
-        start = border or limit
+        limit = start + max_characters
+        border = limit
+        for pattern in (_LINE_BORDER, _WORD_BORDER):
+            found = _last_end(pattern, text, start + max_characters // 2, limit)
+            if found is not None:
+                border = found
+                break
+        stretches.append(text[start:border])
+        start = border
     return [*stretches, text[start:]]
+
+
+def _last_end(pattern: re.Pattern[str], text: str, first: int, limit: int) -> int | None:
+    """The last end of a match that lies in `first:limit`, looked for in ever larger stretches."""
+    width = 1 << 10
+    while True:
+        begin = max(first, limit - width)
+        ends = [m.end() for m in pattern.finditer(text, begin, limit + 1) if m.end() <= limit]
+        if ends:
+            return ends[-1]
+        if begin == first:
+            return None
+        width *= 8
 
 
 def end_of_text_id(tokenizer: TokenizerLike) -> int:

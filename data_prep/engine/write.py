@@ -14,7 +14,13 @@ from data_prep.engine.documents import PortableTokenizer
 from data_prep.engine.plan import load_plan
 from data_prep.engine.streams import Stream
 from data_prep.filler import FillerBank
-from data_prep.shards import ShardRecord, shard_name, write_samples
+from data_prep.shards import (
+    ShardRecord,
+    load_record,
+    record_name,
+    shard_name,
+    write_samples,
+)
 from data_prep.sources import (
     PackedSource,
     SampleOrder,
@@ -135,6 +141,7 @@ class ShardWriter:
         order = self._order(task.num_available, seed)
         samples = self._source(task.split, task.source)
         self._storage.delete(record_name(task.name))  # it speaks of other bytes
+        places: list[list[int]] = []
         with self._storage.create(task.name) as stream:
             record = write_samples(
                 stream,
@@ -143,8 +150,10 @@ class ShardWriter:
                 name=task.name,
                 source=source.name,
                 kind=source.sample_kind,
+                places=places,
             )
-        text = json.dumps(dataclasses.asdict(record), sort_keys=True) + "\n"
+        plain = {**dataclasses.asdict(record), "samples": places}
+        text = json.dumps(plain, sort_keys=True, separators=(",", ":")) + "\n"
         with self._storage.create(record_name(task.name)) as stream:
             stream.write(text.encode())
         return record
@@ -163,11 +172,6 @@ class ShardWriter:
         return PackedSource(self._config, stream, plan, self._work, pad_id=self._tokenizer.pad_id)
 
 
-def record_name(shard: str) -> str:
-    """The file that tells of a shard."""
-    return f"{shard}.json"
-
-
 def existing(
     storage: Storage, name: str, planned: tuple[str, str, int], *, verify: bool
 ) -> ShardRecord | None:
@@ -183,7 +187,7 @@ def existing(
         verify: compare its SHA-256 too.
     """
     try:
-        record = ShardRecord(**json.loads(storage.read(record_name(name))))
+        record, _ = load_record(storage.read(record_name(name)))
     except (FileNotFoundError, ValueError, TypeError):
         return None
     if (record.source, record.kind, record.num_samples) != planned:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import tempfile
@@ -20,7 +21,7 @@ from hypothesis import strategies as st
 from data_prep import loader_order
 from data_prep.loader import Batch, ShardLoader, collate
 from data_prep.sample import Sample
-from data_prep.shards import Manifest, ShardRecord, write_shard
+from data_prep.shards import MEMBERS, Manifest, ShardRecord, index_shard, write_shard
 
 LENGTH = 6
 SIZES = {"code": (5, 5, 3), "recall": (4, 4), "talk": (2,)}
@@ -265,6 +266,31 @@ def test_each_rank_compares_its_share_of_the_shards(tmp_path: Path) -> None:
                 numbers(loader)
         else:
             assert numbers(loader)
+
+
+def test_notes_of_places_that_do_not_fit_are_not_believed(data: Path, tmp_path: Path) -> None:
+    """A shard's own record saves reading the headers; one that lies does no harm."""
+    straight = numbers(ShardLoader(data, batch_size=4, epochs=1))
+    manifest = Manifest.load(data)
+    for wrong in ("right", "outside", "another shard", "no list", "too few"):
+        folder = write_data(tmp_path / wrong)
+        for record in manifest.splits["train"]:
+            with open(folder / record.path, "rb") as stream:
+                parts = index_shard(stream, record.path)
+            places = [[p[MEMBERS[0]][0] - 512, *(n for _, n in p.values())] for p in parts]
+            own = dataclasses.asdict(record)
+            if wrong == "outside":
+                places[0][0] = 10**9
+            elif wrong == "another shard":
+                own["sha256"] = "0" * 64
+                places.reverse()
+            elif wrong == "no list":
+                places = [[1, 2]] * len(places)
+            elif wrong == "too few":
+                places.pop()
+            text = json.dumps({**own, "samples": places})
+            (folder / f"{record.path}.json").write_text(text)
+        assert numbers(ShardLoader(folder, batch_size=4, epochs=1)) == straight
 
 
 def test_manifests_of_the_first_version_are_read(data: Path, tmp_path: Path) -> None:

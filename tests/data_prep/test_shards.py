@@ -18,8 +18,11 @@ from data_prep.shards import (
     Manifest,
     encode_sample,
     file_sha256,
+    index_shard,
+    members_at,
     read_shard,
     write_atomic,
+    write_samples,
     write_shard,
 )
 
@@ -72,6 +75,22 @@ def test_bytes_do_not_depend_on_time_or_user(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "a.tar") as archive:
         for info in archive:
             assert (info.mtime, info.uid, info.gid, info.uname, info.gname) == (0, 0, 0, "", "")
+
+
+def test_the_noted_places_are_those_of_the_headers(tmp_path: Path) -> None:
+    path, places = tmp_path / "shard-00000.tar", []
+    with open(path, "wb") as stream:
+        write_samples(
+            stream,
+            make_samples(9, length=700),
+            first_key=5,
+            name="train/shard-00000.tar",
+            source="s",
+            kind="text",
+            places=places,
+        )
+    with open(path, "rb") as stream:
+        assert members_at(places) == index_shard(stream, path.name)
 
 
 def test_webdataset_reads_them(tmp_path: Path) -> None:
