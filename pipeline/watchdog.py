@@ -102,6 +102,8 @@ class _Watch:
         self.counts: dict[str, int] = {}
         self.moved = time.monotonic()
         self.step: int | None = None
+        self.num_crumbs = 0
+        """So far; a benchmark asks."""
         self.on = False
 
 
@@ -243,6 +245,7 @@ class _Watched:
         )
         watch.now[thread] = crumb
         watch.moved = crumb.entered
+        watch.num_crumbs += 1
         try:
             result = self._function(*args, **options)
             self._remember(result, crumb)
