@@ -14,6 +14,7 @@ step, so that an error of one thread ends all ranks at the same step.
 
 from __future__ import annotations
 
+import copy
 import math
 import threading
 import time
@@ -184,7 +185,7 @@ class Saver:
         path = checkpoint_path(self.folder, step)
         temporary = self.folder / f"{UNFINISHED}{path.name}-{self._token}"
         shard = self._snapshot()
-        full = {**state, "step": step, "score": self._score(step)}
+        full = copy.deepcopy({**state, "step": step, "score": self._score(step)})
         full["updates"] = self._engine.num_updates
         self._losses.clear()
         rank, alone = self._ranks.rank, self._ranks.world_size == 1
@@ -280,8 +281,8 @@ class Saver:
         Raises:
             OSError: a rank could not write; MainRankFailedError on the ranks other than 0.
         """
-        while self._flight is not None:
-            self._flight.job.join()
+        while (flight := self._flight) is not None:
+            flight.job.join()
             self.poll()
 
     def _fail(self, flight: _Flight) -> None:
