@@ -100,13 +100,13 @@ def is_over(child: int) -> bool:
     return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
-def after_step(stage: str, step: int, action: Callable[[], None]) -> None:
-    """Let this process do something when it has logged a step of a stage."""
+def after_steps(stage: str, action: Callable[[int], None]) -> None:
+    """Let this process do something when it has logged a step of a stage; it gets the number."""
     log = StageContext.log
 
     def log_and_act(self: StageContext, number: int, values: Any) -> None:
         log(self, number, values)
-        if self.entry == stage and number == step:
-            action()
+        if self.entry == stage:
+            action(number)
 
     StageContext.log = log_and_act  # type: ignore[method-assign]

@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fork_server import after_step, start, wait
+from fork_server import after_steps, start, wait
 
 import pipeline.engine
 
@@ -30,17 +30,25 @@ def prepare(rank: int, *, stage: str, step: int) -> None:
     Asked when the step before is logged, the ranks stop after `step`.
     """
     pipeline.engine.Engine.__init__.__kwdefaults__["persistent_elements"] = 16
+
+    def stop(number: int) -> None:
+        if number == step - 1:
+            signal.raise_signal(signal.SIGTERM)
+
     if rank == 0:
-        after_step(stage, step - 1, lambda: signal.raise_signal(signal.SIGTERM))
+        after_steps(stage, stop)
 
 
-def fill_disk(rank: int, *, step: int) -> None:
-    """From a step on, the operating system lets rank 1 write no large file."""
+def fill_disk(rank: int, *, before: Path) -> None:
+    """Once a checkpoint is whole, the operating system lets rank 1 write no large file."""
     hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+
+    def fill(number: int) -> None:
+        if before.is_dir():
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+
     if rank == 1:
-        after_step(
-            "pretrain", step, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
-        )
+        after_steps("pretrain", fill)
 
 
 def full_disk(folder: Path, words: list[str]) -> dict[str, Any]:
@@ -49,14 +57,16 @@ def full_disk(folder: Path, words: list[str]) -> dict[str, Any]:
     run_dir.mkdir()
     (run_dir / "prepare").symlink_to(folder / "whole" / "prepare")
     words = [*words, f"run.dir={run_dir}", "stage=pretrain", "pretrain.checkpoint_every=3"]
+    checkpoints = run_dir / "pretrain" / "checkpoints"
+    hook = functools.partial(fill_disk, before=checkpoints / "step_00000003")
     sys.stderr.flush()
     before, log = os.dup(2), folder / "full.err"
     with log.open("w") as file:
         os.dup2(file.fileno(), 2)
-        codes = wait(start(words, 2, functools.partial(fill_disk, step=5)), TIMEOUT_S)
+        codes = wait(start(words, 2, hook), TIMEOUT_S)
         os.dup2(before, 2)
     os.close(before)
-    left = sorted(path.name for path in (run_dir / "pretrain" / "checkpoints").iterdir())
+    left = sorted(path.name for path in checkpoints.iterdir())
     lines = (run_dir / "pretrain" / "metrics.jsonl").read_text().splitlines()
     again = wait(start(words, 2), TIMEOUT_S)
     return {"codes": codes, "left": left, "last": json.loads(lines[-1])["step"], "again": again}

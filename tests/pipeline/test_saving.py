@@ -88,10 +88,16 @@ def test_a_full_disk_ends_the_run_at_the_next_step_and_leaves_earlier_checkpoint
     limits: None,
 ):
     words = folder(words, tmp_path)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    before = tmp_path / "pretrain" / "checkpoints" / "step_00000006"
+
+    def fill() -> None:
+        while not before.is_dir():
+            time.sleep(0.001)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit))
+
     with monkeypatch.context() as patched:
-        limit = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-        fill = (100_000, limit)
-        in_step(patched, 7, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, fill))
+        in_step(patched, 7, fill)
         assert main(words) == 2
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
