@@ -36,12 +36,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from allmem_megatron.messages import Spec, num_bytes, pack, unpack
+
+__all__ = ["Event", "Exchange", "Key", "Spec", "drain", "record", "trace"]
+
 Key = tuple[Any, ...]
 """(layer, what): names a message within a forward pass."""
-Spec = tuple[tuple[int, ...], torch.dtype]
-"""Shape and dtype of one tensor of a message."""
-
-_ALIGN = 16  # bytes: every tensor of a buffer starts where its dtype may start
 
 
 class Event(NamedTuple):
@@ -86,7 +86,7 @@ class _Wire:
 
     def send(self, key: Key, tensors: Sequence[Tensor], dests: Sequence[int]) -> None:
         start = time.perf_counter()
-        buffer = _pack(tensors)
+        buffer = pack(tensors)
         if not buffer.numel():
             return
         while _flying and _flying[0].work.is_completed():
@@ -100,7 +100,7 @@ class _Wire:
 
     def post(self, key: Key, specs: Sequence[Spec], source: int, device: torch.device) -> _Posted:
         start = time.perf_counter()
-        buffer = torch.empty(_num_bytes(specs), dtype=torch.uint8, device=device)
+        buffer = torch.empty(num_bytes(specs), dtype=torch.uint8, device=device)
         work = None
         if buffer.numel():
             peer = dist.get_global_rank(self.group, source)
@@ -120,7 +120,7 @@ class _Posted(NamedTuple):
             start = time.perf_counter()
             self.work.wait()
             record(f"wait {self.name}", start)
-        return _unpack(self.buffer, self.specs)
+        return unpack(self.buffer, self.specs)
 
 
 class Exchange:
@@ -373,35 +373,3 @@ def _name(key: Key) -> str:
 def _tag(key: Key) -> int:
     """For gloo, which matches by tag: messages out of order are then at least not mixed up."""
     return zlib.crc32(_name(key).encode()) >> 1
-
-
-def _slots(specs: Sequence[Spec]) -> list[tuple[int, int]]:
-    """(first byte, bytes) of each tensor in the buffer of a message."""
-    slots, at = [], 0
-    for shape, dtype in specs:
-        size = torch.Size(shape).numel() * dtype.itemsize
-        slots.append((at, size))
-        at += -(-size // _ALIGN) * _ALIGN
-    return slots
-
-
-def _num_bytes(specs: Sequence[Spec]) -> int:
-    return sum(-(-size // _ALIGN) * _ALIGN for _, size in _slots(specs))
-
-
-def _unpack(buffer: Tensor, specs: Sequence[Spec]) -> tuple[Tensor, ...]:
-    """The tensors in a buffer, as views of it."""
-    return tuple(
-        buffer[at : at + size].view(dtype).view(shape)
-        for (at, size), (shape, dtype) in zip(_slots(specs), specs, strict=True)
-    )
-
-
-def _pack(tensors: Sequence[Tensor]) -> Tensor:
-    """All tensors in one new buffer of bytes."""
-    specs = [(tuple(t.shape), t.dtype) for t in tensors]
-    buffer = torch.empty(_num_bytes(specs), dtype=torch.uint8, device=tensors[0].device)
-    with torch.no_grad():
-        for slot, tensor in zip(_unpack(buffer, specs), tensors, strict=True):
-            slot.copy_(tensor)
-    return buffer

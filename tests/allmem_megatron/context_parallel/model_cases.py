@@ -12,6 +12,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 from torch.nn import functional as F
 
+from allmem_megatron import exchange
 from allmem_megatron.config import BaseModelConfig, MemoryConfig, MixerSettings
 from allmem_megatron.context_parallel import take_shard
 from allmem_megatron.convert import model_to_hf
@@ -184,16 +185,29 @@ def several_passes(cp_mode: str, recompute: bool) -> dict[str, float]:
     return layouts.worst(found)
 
 
-def order_of_gradients(mode: str, cp_mode: str, bounds: list[int] | None) -> list[str]:
-    """Parameters in the order in which this rank's backward pass finishes their gradients."""
-    layouts.switch(1, 4)
-    built = build("qwen3", branch_of(mode))
+def orders(
+    cp: int,
+    cp_mode: str,
+    mode: str,
+    recompute: bool,
+    rows: int,
+    num_tokens: int,
+    bounds: list[int] | None,
+    sizes: dict[str, Any],
+) -> dict[str, Any]:
+    """In which order this rank exchanges messages, and finishes parameters' gradients."""
+    layouts.switch(1, cp)
+    built = build("qwen3", branch_of(mode), recompute=recompute)
     names: list[str] = []
     for name, parameter in built.named_parameters():
         parameter.register_post_accumulate_grad_hook(lambda _, name=name: names.append(name))
-    sizes = {"window_size": 6, "num_sinks": 2, "chunk_size": 4}
-    run(built, MixerSettings(mode=mode, **sizes), 1, 24, bounds, cp_mode)
-    return names
+    exchange.trace = []
+    try:
+        run(built, MixerSettings(mode=mode, **sizes), rows, num_tokens, bounds, cp_mode)
+        messages = [event.name for event in exchange.trace]
+    finally:
+        exchange.trace = None
+    return {"rank": layouts.group().rank(), "gradients": names, "messages": messages}
 
 
 def bfloat16(mode: str, cp_mode: str) -> dict[str, float]:
@@ -275,7 +289,7 @@ def refusals() -> dict[str, str]:
 CASES = {
     "model": model,
     "several_passes": several_passes,
-    "order_of_gradients": order_of_gradients,
+    "orders": orders,
     "bfloat16": bfloat16,
     "graph_is_freed": graph_is_freed,
     "model_refusals": refusals,
