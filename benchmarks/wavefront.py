@@ -6,7 +6,8 @@
 Starts the ranks on this machine, each with the same number of tokens of one document, runs forward
 and backward passes of a small model and notes when each rank computes and waits. One rank alone
 gives the compute times from which `benchmarks.schedule` predicts the others. Writes JSON and a
-figure. On a shared machine: many repeats, medians, and look at the spread.
+figure. On a shared machine passes go on until enough of them were undisturbed: every rank had a
+core (CPU time over wall time, waits left out) for `--quiet` of the time in which it computed.
 """
 
 from __future__ import annotations
@@ -192,17 +193,30 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "least": min(values), "most": max(values)}
 
 
+def undisturbed(ranks: list[list[Pass]], config: dict[str, Any]) -> list[list[Pass]]:
+    """The passes in which every rank had a core; if they are fewer than three, the best three."""
+    order = sorted(range(len(ranks[0])), key=lambda i: -ranks[0][i]["core_share"])
+    quiet = [i for i in order if ranks[0][i]["core_share"] >= config["quiet"]]
+    taken = quiet if len(quiet) >= 3 else order[:3]
+    return [[passes[i] for i in sorted(taken)] for passes in ranks]
+
+
 def row_of(
     config: dict[str, Any], ranks: list[list[Pass]], alone: LayerSeconds, link: Link
 ) -> dict[str, Any]:
     """What was measured with these ranks, beside bounds and prediction."""
     size, layers = config["ranks"], config["base"]["num_layers"]
+    num_passes = len(ranks[0])
+    ranks = undisturbed(ranks, config)
     passes = list(zip(*ranks, strict=True))
     times = [end - begin for begin, end in map(span, passes)]
     own = seconds_of(ranks, "cpu")
     row: dict[str, Any] = {
         "ranks": size,
         "mode": config["mode"],
+        "num_passes": num_passes,
+        "num_taken": len(passes),
+        "core_share": spread([one[0]["core_share"] for one in passes]),
         "pass_s": spread(times),
         "efficiency": spread([efficiency(one) for one in passes]),
         "layer_bound": layers / (layers + size - 1),
@@ -228,13 +242,15 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
         prog="python -m benchmarks.wavefront", description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="the first is 1")
-    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--hidden", type=int, default=384)
-    parser.add_argument("--tokens_per_rank", type=int, default=768)
+    parser.add_argument("--tokens_per_rank", type=int, default=512)
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--sinks", type=int, default=16)
     parser.add_argument("--chunk", type=int, default=128)
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--repeats", type=int, default=9, help="undisturbed passes to wait for")
+    parser.add_argument("--most_passes", type=int, default=200, help="stop waiting for them then")
+    parser.add_argument("--quiet", type=float, default=0.95, help="share of a core that a rank had")
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--modes", nargs="+", default=["wavefront", "a2a"])
     parser.add_argument("--gbytes_per_s", type=float, default=1.0, help="of gloo, for predictions")
@@ -265,6 +281,8 @@ def main(words: list[str] | None = None) -> None:
         "num_sinks": given.sinks,
         "chunk_size": given.chunk,
         "repeats": given.repeats,
+        "most_passes": given.most_passes,
+        "quiet": given.quiet,
         "warmup": given.warmup,
         "mode": "wavefront",
         "ranks": 1,
@@ -272,7 +290,7 @@ def main(words: list[str] | None = None) -> None:
     link = Link(bytes_per_s=given.gbytes_per_s * 1e9, latency_s=given.latency_us * 1e-6)
     print("1 rank", file=sys.stderr)
     one = measure(config)
-    alone = seconds_of(one, "cpu")
+    alone = seconds_of(undisturbed(one, config), "cpu")
     rows, shown = [row_of(config, one, alone, link)], None
     for mode in given.modes:
         for size in given.ranks[1:]:
@@ -282,7 +300,7 @@ def main(words: list[str] | None = None) -> None:
             rows.append(row_of(config, ranks, alone, link))
             print(json.dumps(rows[-1]), file=sys.stderr)
             if mode == "wavefront":
-                shown = config, ranks
+                shown = config, undisturbed(ranks, config)
     result = {"config": {**config, "ranks": given.ranks, "mode": given.modes}, "rows": rows}
     given.json.parent.mkdir(parents=True, exist_ok=True)
     given.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
