@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -24,6 +25,15 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from allmem_megatron.parallel import destroy_model_parallel, init_model_parallel
+from pipeline.planning.gpu_kernels import named_only
+
+# Megatron-Core calls collectives by names that PyTorch 2.13 would rather not see.
+warnings.filterwarnings(
+    "ignore",
+    message=r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated",
+    category=FutureWarning,
+    module=r"torch\.distributed\.c10d_logger",
+)
 
 META = torch.device("meta")
 BIAS_ALIGNMENT = 8
@@ -159,21 +169,36 @@ def planned_ranks(*, tp: int, cp: int, rank: int) -> Iterator[None]:
         destroy_model_parallel()
 
 
+def _flex(
+    q: Tensor, k: Tensor, v: Tensor, *, block_mask: Any, scale: float | None, enable_gqa: bool
+) -> Tensor:
+    """What FlexAttention keeps: as fused attention without a mask; blocks have been made."""
+    del block_mask
+    return attention("cuda", q, k, v, scale=scale, enable_gqa=enable_gqa)
+
+
 @contextlib.contextmanager
-def planned(kind: str) -> Iterator[None]:
+def planned(kind: str, *, num_processors: int = 0, tell: Callable[[], None]) -> Iterator[None]:
     """Everything inside computes on the planned device.
 
     Megatron-Core allocates on `torch.cuda.current_device()`; here that is the planned one. And
     checkpointing compares the devices of what was saved and what is recomputed, half of them read
     where a function mode cannot answer: only shape and type are compared here.
+
+    Args:
+        kind: `cuda` or `cpu`.
+        num_processors: streaming multiprocessors of a GPU.
+        tell: is called at every launch of a kernel that is no operation of PyTorch's.
     """
     mode = PlannedDevice(kind)
     checks = checkpointing._allowed_determinism_checks_to_fns
     real, real_check = torch.cuda.current_device, checks["default"]
     torch.cuda.current_device = lambda: mode.device  # type: ignore[assignment,return-value]
     checks["default"] = lambda tensor: {"shape": tensor.shape, "dtype": tensor.dtype}
+    on_gpu = kind == "cuda"
+    gpu = named_only(_flex, num_processors, tell) if on_gpu else contextlib.nullcontext()
     try:
-        with mode:
+        with gpu, mode:
             yield
     finally:
         torch.cuda.current_device = real

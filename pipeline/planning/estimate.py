@@ -98,6 +98,38 @@ class Time:
         return max(names, key=lambda name: names[name])
 
 
+def task_of(
+    work: Work,
+    phase: PhaseWork,
+    layout: Layout,
+    micro_batch_size: int,
+    *,
+    gpu: Gpu,
+    dtype: str,
+) -> Task:
+    """What a pass of a phase depends on, with typical s, W and c."""
+    return Task(
+        stage=work.stage,
+        base=work.base,
+        memory=work.memory,
+        branch=work.branch,
+        mixer=phase.typical,
+        trains=work.trains,
+        dtype=getattr(torch, dtype),
+        kind=gpu.device,
+        num_processors=gpu.processors,
+        length=phase.length,
+        micro_batch_size=micro_batch_size,
+        loss_tokens=work.loss_fraction * phase.length,
+        logits_elements=work.settings.logits_elements,
+        recompute=layout.recompute,
+        tp=layout.tp,
+        sp=layout.sp,
+        cp=layout.cp,
+        cp_mode=layout.cp_mode,
+    )
+
+
 def followed(
     work: Work,
     phase: PhaseWork,
@@ -123,25 +155,7 @@ def followed(
     Raises:
         ValueError: what the model itself refuses.
     """
-    task = Task(
-        stage=work.stage,
-        base=work.base,
-        memory=work.memory,
-        branch=work.branch,
-        mixer=phase.typical,
-        trains=work.trains,
-        dtype=getattr(torch, dtype),
-        kind=gpu.device,
-        length=phase.length,
-        micro_batch_size=micro_batch_size,
-        loss_tokens=work.loss_fraction * phase.length,
-        logits_elements=work.settings.logits_elements,
-        recompute=layout.recompute,
-        tp=layout.tp,
-        sp=layout.sp,
-        cp=layout.cp,
-        cp_mode=layout.cp_mode,
-    )
+    task = task_of(work, phase, layout, micro_batch_size, gpu=gpu, dtype=dtype)
     if typical:
         return measure(task)
     return measure(replace(task, mixer=_heaviest_mixer(task, phase.heaviest)))

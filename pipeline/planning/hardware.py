@@ -21,6 +21,8 @@ class Gpu:
     """Memory, bytes/s."""
     link: float
     """To the other GPUs of the machine, bytes/s in one direction."""
+    processors: int = 0
+    """Streaming multiprocessors."""
     launch_s: float = 4e-6
     """Seconds that starting one kernel takes: the least time of an operation, however small."""
     device: str = "cuda"
@@ -39,13 +41,62 @@ GPUS: dict[str, Gpu] = {
     gpu.name: gpu
     for gpu in (
         # Memory is what the driver offers on cards sold as 80 GB and so on.
-        Gpu(name="h100", memory=_gib(79.1), flops=989e12, bandwidth=3.35e12, link=450e9),
-        Gpu(name="h200", memory=_gib(139.8), flops=989e12, bandwidth=4.8e12, link=450e9),
-        Gpu(name="b200", memory=_gib(178.4), flops=2250e12, bandwidth=8.0e12, link=900e9),
-        Gpu(name="a100-80gb", memory=_gib(79.1), flops=312e12, bandwidth=2.04e12, link=300e9),
-        Gpu(name="a100-40gb", memory=_gib(39.4), flops=312e12, bandwidth=1.55e12, link=300e9),
-        Gpu(name="l40s", memory=_gib(44.4), flops=362e12, bandwidth=0.864e12, link=32e9),
-        Gpu(name="rtx4090", memory=_gib(23.6), flops=165e12, bandwidth=1.01e12, link=16e9),
+        Gpu(
+            name="h100",
+            memory=_gib(79.1),
+            flops=989e12,
+            bandwidth=3.35e12,
+            link=450e9,
+            processors=132,
+        ),
+        Gpu(
+            name="h200",
+            memory=_gib(139.8),
+            flops=989e12,
+            bandwidth=4.8e12,
+            link=450e9,
+            processors=132,
+        ),
+        Gpu(
+            name="b200",
+            memory=_gib(178.4),
+            flops=2250e12,
+            bandwidth=8.0e12,
+            link=900e9,
+            processors=148,
+        ),
+        Gpu(
+            name="a100-80gb",
+            memory=_gib(79.1),
+            flops=312e12,
+            bandwidth=2.04e12,
+            link=300e9,
+            processors=108,
+        ),
+        Gpu(
+            name="a100-40gb",
+            memory=_gib(39.4),
+            flops=312e12,
+            bandwidth=1.55e12,
+            link=300e9,
+            processors=108,
+        ),
+        Gpu(
+            name="l40s",
+            memory=_gib(44.4),
+            flops=362e12,
+            bandwidth=0.864e12,
+            link=32e9,
+            processors=142,
+        ),
+        Gpu(
+            name="rtx4090",
+            memory=_gib(23.6),
+            flops=165e12,
+            bandwidth=1.01e12,
+            link=16e9,
+            processors=128,
+        ),
         # One core of a server; memory is what the machine has for one rank.
         Gpu(
             name="cpu",

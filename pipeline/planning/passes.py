@@ -49,6 +49,8 @@ class Task:
     dtype: torch.dtype
     kind: str
     """`cuda` or `cpu`."""
+    num_processors: int = 0
+    """Streaming multiprocessors of a GPU."""
     length: int
     """Tokens of a sequence, over all ranks."""
     micro_batch_size: int
@@ -157,6 +159,7 @@ def _follow(task: Task) -> Pass:
         tracker = MemoryTracker(
             loss_tokens=round(task.loss_tokens * task.micro_batch_size / task.cp),
             attention_backward_bytes=ATTENTION_BACKWARD_BYTES[task.kind],
+            gathers_copy=task.kind == "cpu",
         )
         _run(task, objective, tracker, list(trained.values()))
         numbers = [
@@ -180,7 +183,8 @@ def _run(
     _mark_phases(objective.model, tracker)
     batch = _micro_batch(task)
     tracker.leave_out((*objective.model.parameters(), *objective.model.buffers()))
-    with tracker, planned(task.kind), objective.active(task.mixer):
+    where = planned(task.kind, num_processors=task.num_processors, tell=tracker.launch)
+    with tracker, where, objective.active(task.mixer):
         with objective.step(objective, [batch], 1.0):
             loss, _ = objective(batch)
         tracker.enter("backward")
@@ -272,19 +276,22 @@ def _extrapolate(
     again = [
         name for name in (f"teacher/{traced - 1}", f"student/{traced - 1}", last) if name in phases
     ]
-    counted = [*phases.values(), *(phases[name] for name in again for _ in range(more))]
+    times = {name: 1.0 + (more if name in again else 0) for name in phases}
+    if last not in phases:  # align: layers do not pass gradients on, so nothing tells them apart
+        times["backward"] += more / traced
+    counted = [(phases[name], times[name]) for name in phases]
     sent: dict[tuple[int, ...], float] = {}
-    for phase in counted:
+    for phase, factor in counted:
         for ranks, moved in phase.sent.items():
-            sent[ranks] = sent.get(ranks, 0.0) + moved
+            sent[ranks] = sent.get(ranks, 0.0) + factor * moved
     highest = max(phases.values(), key=lambda phase: phase.peak)
     return Pass(
         saved=float(forward[-1]) + extra,
         peaks=peaks,
         gradients=gradients,
         communication=float(highest.peak_communication),
-        traffic=float(sum(phase.traffic for phase in counted)),
-        kernels=float(sum(phase.kernels for phase in counted)),
+        traffic=sum(phase.traffic * factor for phase, factor in counted),
+        kernels=sum(phase.kernels * factor for phase, factor in counted),
         sent=sent,
         trained=trained,
         frozen=frozen,

@@ -91,6 +91,11 @@ def states(
     if zero_stage == 3:
         all_of_them = min(p + frozen, LIVE_PARAMETERS) * element if z > 1 else 0.0
         gradients = 4 * p / z
+        flat = 2 * element * p
+        if z == 1 and element == 2:
+            flat += 4 * p
+        if z > 1 and kind == "cpu":
+            flat += element * p  # gloo's reduce-scatter works on a copy
         return States(
             weights=(p + frozen) * element / z,
             optimizer=optimizer,
@@ -98,11 +103,7 @@ def states(
             buffers=buffers,
             gathered=all_of_them,
             growth=element if z == 1 else 0,
-            reduction=gradients
-            + buffers
-            + all_of_them
-            + 2 * element * p
-            + (4 * p if z == 1 and element == 2 else 0),
+            reduction=gradients + buffers + all_of_them + flat,
             step=gradients + buffers + 12 * p / z,
         )
     weights = (p + frozen) * element

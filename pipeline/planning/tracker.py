@@ -131,6 +131,7 @@ class MemoryTracker(TorchDispatchMode):
         loss_tokens: what a boolean mask selects: meta tensors have no values to count.
         attention_backward_bytes: bytes for each element of the queries that the attention's
             backward kernel takes for itself.
+        gathers_copy: all-gathers and reduce-scatters work on a copy of the whole, as gloo's do.
         real: count real tensors, and not meta ones (to watch a true step).
     """
 
@@ -139,11 +140,13 @@ class MemoryTracker(TorchDispatchMode):
         *,
         loss_tokens: int = 0,
         attention_backward_bytes: int = 0,
+        gathers_copy: bool = False,
         real: bool = False,
     ) -> None:
         super().__init__()
         self.loss_tokens = loss_tokens
         self.attention_backward_bytes = attention_backward_bytes
+        self.gathers_copy = gathers_copy
         self.real = real
         self.live = 0
         self.gradient_numbers = 0
@@ -175,6 +178,10 @@ class MemoryTracker(TorchDispatchMode):
         """End the phase."""
         self._phase.end, self._phase.gradients = self.live, self.gradient_numbers
 
+    def launch(self) -> None:
+        """A kernel that is no operation of PyTorch's was started."""
+        self._phase.kernels += 1
+
     def drop_gradient(self, parameter: Tensor) -> None:
         """Take a gradient from its parameter as soon as it is there; it is counted apart."""
         self.gradient_numbers += parameter.numel()
@@ -201,7 +208,7 @@ class MemoryTracker(TorchDispatchMode):
             self._phase.kernels += 1
             if name not in _MATRIX:
                 self._phase.traffic += _bytes(args) + _bytes(out)
-            elif name.endswith("cpu_backward") and self.attention_backward_bytes:
+            elif name.endswith("cpu_backward") and args[7]:  # causal: flash attention
                 self._note_peak(args[1].numel() * self.attention_backward_bytes)
         return out
 
@@ -236,7 +243,10 @@ class MemoryTracker(TorchDispatchMode):
             if key in self._storages and key not in self._of_communication:
                 self._of_communication.add(key)
                 self.communication += self._storages[key]
-        ranks, moved = moved_bytes(_name(func).strip("_"), args)
+        name = _name(func).strip("_")
+        if self.gathers_copy and name in ("allgather_base", "reduce_scatter_base", "allgather"):
+            self._note_peak(max(_bytes(tensor) for tensor in _tensors(args)))
+        ranks, moved = moved_bytes(name, args)
         if moved:
             self._phase.sent[ranks] += moved
 

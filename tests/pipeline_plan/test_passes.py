@@ -28,7 +28,7 @@ TASK = Task(
     base=BaseModelConfig(
         family="qwen3",
         hidden_size=64,
-        num_layers=6,
+        num_layers=5,
         num_heads=4,
         num_kv_heads=2,
         head_dim=16,
@@ -43,9 +43,9 @@ TASK = Task(
     trains="memory",
     dtype=torch.float32,
     kind="cpu",
-    length=256,
+    length=128,
     micro_batch_size=1,
-    loss_tokens=256,
+    loss_tokens=128,
     logits_elements=2**14,
     recompute=False,
 )
@@ -77,15 +77,15 @@ def close(found: Pass, wanted: Pass, rel: float) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_layers_tell_what_six_need(kind: str) -> None:
+def test_two_layers_tell_what_five_need(kind: str) -> None:
     task = replace(TASK, **KINDS[kind])
-    close(measure(task), measure(replace(task, num_layers=6)), rel=0.02)
+    close(measure(task), measure(replace(task, num_layers=5)), rel=0.02)
 
 
 def test_long_sequences_go_on_in_a_straight_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    task = replace(TASK, length=2048, loss_tokens=2048, recompute=True)
+    task = replace(TASK, length=1024, loss_tokens=1024, recompute=True)
     exact = measure(task)
-    monkeypatch.setattr(passes, "LARGEST_TRACE", 32)
+    monkeypatch.setattr(passes, "LARGEST_TRACE", 16)
     close(measure(task), exact, rel=0.03)
 
 
@@ -137,7 +137,7 @@ def test_tracker_counts_what_is_alive() -> None:
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
 def test_a_planned_tensor_says_where_it_would_be(kind: str) -> None:
-    with planned(kind):
+    with planned(kind, tell=lambda: None):
         there = torch.empty(3, device="meta")
         real = torch.arange(3)
         assert there.device == torch.device(kind, 0)

@@ -64,7 +64,10 @@ def test_states_are_those_of_the_real_engine(
     if zero_stage == 3:
         always += predicted.buffers
     assert always == pytest.approx(real["held"], rel=0.02)
+    # what gloo allocates by itself is no tensor
+    by_gloo = real["trained"] * (4 if dtype == "float32" else 2) if zero_stage == 3 else 0
     for moment in ("reduction", "step"):
         total = predicted.held + getattr(predicted, moment)
+        total -= by_gloo if ranks > 1 and moment == "reduction" else 0
         # of the real step's tensors one parameter's or two more may be alive: a tenth of all each
         assert total == pytest.approx(real[moment], rel=0.13), moment
