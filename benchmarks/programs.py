@@ -102,16 +102,16 @@ def layer_backward(
 
 
 def student_programs(
-    seconds: Sequence[LayerSeconds], messages: Messages, num_layers: int
+    seconds: Sequence[Sequence[LayerSeconds]], messages: Messages
 ) -> list[list[Operation]]:
-    """Forward and backward of the student on every rank, `seconds` of each rank's layers."""
+    """Forward and backward of the student; `seconds[rank][layer]` may differ."""
     programs: list[list[Operation]] = []
     for rank, own in enumerate(seconds):
         program: list[Operation] = []
-        for layer in range(num_layers):
-            program.extend(layer_forward(rank, layer, own, messages))
-        for layer in reversed(range(num_layers)):
-            program.extend(layer_backward(rank, layer, own, messages))
+        for layer, cost in enumerate(own):
+            program.extend(layer_forward(rank, layer, cost, messages))
+        for layer, cost in reversed(list(enumerate(own))):
+            program.extend(layer_backward(rank, layer, cost, messages))
         programs.append(program)
     return programs
 

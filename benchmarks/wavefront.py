@@ -131,24 +131,44 @@ def efficiency(passes: Sequence[Pass]) -> float:
 
 
 def seconds_of(ranks: Sequence[Sequence[Pass]], clock: str) -> LayerSeconds:
-    """Median times of the parts of a layer, waits left out."""
+    """Median times of the parts of a layer, waits left out; clock "cpu" or "wall"."""
     found: dict[str, list[float]] = defaultdict(list)
     for passes in ranks:
         for one in passes:
-            for part, _, start, stop, cpu in parts_of(one):
-                waited = sum(e - b for _, b, e in one["waits"] if start <= b < stop)
-                found[part].append(cpu if clock == "cpu" else stop - start - waited)
-    middle = {part: statistics.median(values) for part, values in found.items()}
+            for part, _, seconds in worked(one, clock):
+                found[part].append(seconds)
+    return layer_of({part: statistics.median(values) for part, values in found.items()})
+
+
+def seconds_by_layer(one: Pass, clock: str) -> list[LayerSeconds]:
+    """Every layer's own times in one rank's pass."""
+    found: dict[int, dict[str, float]] = defaultdict(dict)
+    for part, layer, seconds in worked(one, clock):
+        found[layer][part] = seconds
+    return [layer_of(found[layer]) for layer in sorted(found)]
+
+
+def worked(one: Pass, clock: str) -> list[tuple[str, int, float]]:
+    """(part, layer, seconds in which the rank did not wait) of a pass."""
+    found = []
+    for part, layer, start, stop, cpu in parts_of(one):
+        waited = sum(e - b for _, b, e in one["waits"] if start <= b < stop)
+        found.append((part, layer, cpu if clock == "cpu" else stop - start - waited))
+    return found
+
+
+def layer_of(parts: dict[str, float]) -> LayerSeconds:
+    """A layer's parts as the simulation knows them."""
     # where in `before` keys and values are ready is not marked; the schedule hardly depends on it
     return LayerSeconds(
-        project=0.3 * middle["before"],
-        window=0.7 * middle["before"],
-        scan=middle["scan"],
-        after=middle["after"],
-        back_after=middle["back after"],
-        back_scan=middle["back scan"],
-        back_window=0.7 * middle["back before"],
-        back_project=0.3 * middle["back before"],
+        project=0.3 * parts["before"],
+        window=0.7 * parts["before"],
+        scan=parts["scan"],
+        after=parts["after"],
+        back_after=parts["back after"],
+        back_scan=parts["back scan"],
+        back_window=0.7 * parts["back before"],
+        back_project=0.3 * parts["back before"],
     )
 
 
@@ -161,8 +181,10 @@ def base_of(config: dict[str, Any]) -> tuple[BaseModelConfig, MemoryConfig]:
     return base, MemoryConfig(**config["memory"])
 
 
-def predict(config: dict[str, Any], seconds: LayerSeconds, link: Link) -> Timeline:
-    """The wavefront that these times and messages of the real sizes give."""
+def predict(
+    config: dict[str, Any], seconds: Sequence[Sequence[LayerSeconds]], link: Link
+) -> Timeline:
+    """The wavefront that these times, by rank and layer, and messages of the real sizes give."""
     base, memory = base_of(config)
     setting = Setting(
         tokens=config["tokens_per_rank"] * config["ranks"],
@@ -171,8 +193,37 @@ def predict(config: dict[str, Any], seconds: LayerSeconds, link: Link) -> Timeli
         chunk_size=config["chunk_size"],
     )
     sizes = messages(base, config["ranks"], "wavefront", setting, memory, element_bytes=4)
-    layers = base.num_layers
-    return simulate(student_programs([seconds] * config["ranks"], sizes, layers), link)
+    return simulate(student_programs(seconds, sizes), link)
+
+
+def alike(config: dict[str, Any], seconds: LayerSeconds) -> list[list[LayerSeconds]]:
+    """The same times for every layer of every rank."""
+    return [[seconds] * config["base"]["num_layers"]] * config["ranks"]
+
+
+def replay_errors(config: dict[str, Any], ranks: list[list[Pass]], link: Link) -> list[float]:
+    """Predicted over measured time, minus 1, of every pass, from its own compute times.
+
+    Each part of each layer of each rank takes the time it took, disturbed by other processes or
+    not. What is left is the schedule: a wait that the simulation does not know makes it too short.
+    """
+    errors = []
+    for passes in zip(*ranks, strict=True):
+        begin, end = span(passes)
+        predicted = predict(config, [seconds_by_layer(one, "wall") for one in passes], link)
+        outside = max(outside_layers(one) for one in passes)
+        errors.append((predicted.makespan + outside) / (end - begin) - 1)
+    return errors
+
+
+def outside_layers(one: Pass) -> float:
+    """Seconds of a pass before, between and after the layers: embedding, final norm, loss."""
+    marks = [(mark["name"], mark["wall"]) for mark in one["marks"]]
+    return sum(
+        later - earlier
+        for (name, earlier), (following, later) in pairwise(marks)
+        if len(name) == 1 or len(following) == 1
+    )
 
 
 def bars_of_timeline(timeline: Timeline) -> list[list[Bar]]:
@@ -207,6 +258,7 @@ def row_of(
     """What was measured with these ranks, beside bounds and prediction."""
     size, layers = config["ranks"], config["base"]["num_layers"]
     num_passes = len(ranks[0])
+    errors = replay_errors(config, ranks, link) if config["mode"] == "wavefront" else []
     ranks = undisturbed(ranks, config)
     passes = list(zip(*ranks, strict=True))
     times = [end - begin for begin, end in map(span, passes)]
@@ -224,9 +276,10 @@ def row_of(
         "cpu_s_of_a_layer": asdict(own),
     }
     if config["mode"] == "wavefront":
+        row["replay_error"] = spread(errors)
         row["predicted_s"] = {}
         for source, seconds in (("one rank alone", alone), ("these ranks", own)):
-            predicted = predict(config, seconds, link)
+            predicted = predict(config, alike(config, seconds), link)
             row["predicted_s"][source] = {
                 "pass_s": predicted.makespan,
                 "efficiency": predicted.efficiency,
@@ -316,7 +369,7 @@ def draw(
     passes = sorted(zip(*ranks, strict=True), key=lambda one: span(one)[1] - span(one)[0])
     middle = passes[len(passes) // 2]
     zero = span(middle)[0]
-    simulated = bars_of_timeline(predict(config, alone, link))
+    simulated = bars_of_timeline(predict(config, alike(config, alone), link))
     measured = [bars_of(one, zero) for one in middle]
     plot_measured(measured, simulated, config["base"]["num_layers"], rows, path)
 
