@@ -126,6 +126,7 @@ class Ranks:
 
     def __init__(self) -> None:
         self._processes: list[subprocess.Popen[str]] = []
+        self._meeting: tempfile.TemporaryDirectory[str] | None = None
 
     def run(self, case: str, **arguments: Any) -> list[Any]:
         """The answer of every rank. Raises: AssertionError with the first rank's error."""
@@ -166,6 +167,8 @@ class Ranks:
             finally:
                 process.kill()
         self._processes = []
+        if self._meeting is not None:
+            self._meeting.cleanup()
 
     def _start(self) -> None:
         root = Path(__file__).parents[2]
@@ -177,10 +180,11 @@ class Ranks:
         }
         worker = Path(__file__).parent / "context_parallel" / "worker.py"
         # a file to meet at: no port that another process may take
-        meeting = Path(tempfile.mkdtemp(prefix="ranks-")) / "store"
+        self._meeting = tempfile.TemporaryDirectory(prefix="ranks-")
+        store = Path(self._meeting.name) / "store"
         self._processes = [
             subprocess.Popen(
-                [sys.executable, str(worker), str(meeting)],
+                [sys.executable, str(worker), str(store)],
                 env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
