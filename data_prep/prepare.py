@@ -12,10 +12,17 @@ import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from data_prep.complete import (
+    find_missing,
+    identity_of,
+    other_configuration,
+    root_of,
+    what_is_missing,
+)
 from data_prep.config import PrepareConfig
 from data_prep.counts import share_samples, summary
 from data_prep.engine import documents, write
@@ -24,15 +31,21 @@ from data_prep.engine.encode import EncodePhase, Progress
 from data_prep.engine.plan import StreamPlan, make_plans
 from data_prep.engine.pool import Pool, choose_processes
 from data_prep.engine.streams import Stream, list_streams
-from data_prep.engine.workers import Missing, MissingUnits, Say, WorkersMissingError, owner_of
-from data_prep.engine.workers import wait_for_others as wait
+from data_prep.engine.workers import (
+    Fellows,
+    Missing,
+    MissingUnits,
+    Say,
+    WorkersMissingError,
+    owner_of,
+    wait_for_others,
+)
 from data_prep.engine.write import ShardTask, existing, list_shards
 from data_prep.reasons import what_became_of
 from data_prep.shards import MANIFEST_NAME, Manifest, ShardRecord, record_name
 from data_prep.sources import SPLITS, filler_path, load_filler, make_filler
-from data_prep.storage import LocalStorage, Storage, is_remote, open_storage, shards_of
+from data_prep.storage import Storage, open_storage
 from data_prep.tokenize import TokenizerLike
-from data_prep.tokenizer import tokenizer_hash
 
 __all__ = [
     "Progress",
@@ -83,78 +96,10 @@ def prepare_shards(
         raise ValueError("sources is empty; give at least one entry in data.sources")
     shares = {split: share_samples(config, split) for split in SPLITS}
     out_path = Path(out_dir)
-    identity = _identity(config, tokenizer)
-    if _what_is_missing(config, out_path, identity, verify=True) is None:
+    identity = identity_of(config, tokenizer)
+    if find_missing(config, out_path, identity, verify=True) is None:
         return Manifest.load(out_path)
     return _Preparation(config, out_path, tokenizer, identity, shares, progress, say).run()
-
-
-def what_is_missing(
-    config: PrepareConfig,
-    out_dir: str | Path,
-    *,
-    tokenizer: TokenizerLike,
-    verify: bool = False,
-) -> str | None:
-    """Why `prepare_shards` would have to write, in words; None where all is complete.
-
-    Args:
-        config: what was to be prepared.
-        out_dir: folder of the manifest.
-        tokenizer: the fast tokenizer that the shards must be made by.
-        verify: compare each shard's SHA-256 too, which reads it all; otherwise only its size.
-
-    Raises:
-        ValueError: out_dir holds shards of another configuration or tokenizer.
-    """
-    return _what_is_missing(config, Path(out_dir), _identity(config, tokenizer), verify=verify)
-
-
-def _identity(config: PrepareConfig, tokenizer: TokenizerLike) -> dict[str, Any]:
-    return {
-        "config_hash": config.fingerprint(),
-        "tokenizer_hash": tokenizer_hash(tokenizer),
-    }
-
-
-def _what_is_missing(
-    config: PrepareConfig, out_path: Path, identity: dict[str, Any], *, verify: bool
-) -> str | None:
-    if not (out_path / MANIFEST_NAME).is_file():
-        return f"{MANIFEST_NAME} is missing"
-    manifest = Manifest.load(out_path)
-    if {name: getattr(manifest, name) for name in identity} != identity:
-        raise _other_configuration(str(out_path))
-    if manifest.root != _root(config):
-        return f"the shards are in {manifest.root or out_path}, not in data.dir={config.dir}"
-    storage = shards_of(manifest, out_path)
-    for record in (record for records in manifest.splits.values() for record in records):
-        size = storage.size(record.path)
-        if size is None:
-            return f"{record.path} is missing"
-        if size != record.num_bytes:
-            return f"{record.path} has another size"
-        if verify and storage.sha256(record.path) != record.sha256:
-            return f"{record.path} is damaged"
-    return None
-
-
-def _root(config: PrepareConfig) -> str:
-    """What the manifest says of where the shards are."""
-    if not config.dir:
-        return ""
-    return config.dir if is_remote(config.dir) else str(Path(_plain(config.dir)).absolute())
-
-
-def _plain(place: str) -> str:
-    return place.removeprefix("file://")
-
-
-def _other_configuration(place: str) -> ValueError:
-    return ValueError(
-        f"{place} holds shards of another configuration, tokenizer or text; "
-        "name another run.dir or delete that folder"
-    )
 
 
 class _Preparation:
@@ -175,13 +120,22 @@ class _Preparation:
         self.progress, self.say = progress, say
         self.portable = PortableTokenizer(tokenizer)
         self.owner = owner_of(config)
-        self.place = _root(config) or str(out_path)
+        self.place = root_of(config) or str(out_path)
         self.storage: Storage = open_storage(self.place, owner=self.owner)
         name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
         self.work = out_path / WORK_NAME / name
+        self.fellows = Fellows(config, self.work)
 
     def run(self) -> Manifest:
         """All phases, then the manifest."""
+        self.fellows.start()
+        try:
+            return self._run()
+        except Exception as error:
+            self.fellows.failed(error)
+            raise
+
+    def _run(self) -> Manifest:
         streams = list_streams(self.config, self.shares)
         self._encode(streams)
         fillers = self._make_fillers()
@@ -198,7 +152,7 @@ class _Preparation:
             config=self.config.contents(),
             splits=records,
             reports=reports,
-            root=_root(self.config),
+            root=root_of(self.config),
         )
         self._finish(manifest)
         return manifest
@@ -215,7 +169,10 @@ class _Preparation:
         processes = choose_processes(self.config.num_processes, pays=phase.num_bytes >= _PAYS_BYTES)
         with Pool(documents.setup, (self.config, self.portable), processes) as pool:
             phase.run(pool)
-        wait(self.config, "pieces of text", MissingUnits(streams, self.work), self.say)
+        self._wait("pieces of text", MissingUnits(streams, self.work))
+
+    def _wait(self, what: str, missing: Callable[[], Missing]) -> None:
+        wait_for_others(self.config, what, missing, self.say, self.fellows)
 
     def _make_fillers(self) -> dict[tuple[str, int], dict[str, Any]]:
         """The reports of the fillers, by split and source."""
@@ -234,11 +191,9 @@ class _Preparation:
                 source = self.config.sources[number]
                 make_filler(self.config, source, split, self.tokenizer, self.work, owner=self.owner)
         order = [path for path, _ in reversed(paths.items())]
-        wait(
-            self.config,
+        self._wait(
             "filler texts",
             lambda: Missing([turn for turn, path in enumerate(order) if not path.is_file()]),
-            self.say,
         )
         return {
             (split, number): load_filler(self.work, self.config.sources[number], split)[1]
@@ -322,7 +277,7 @@ class _Preparation:
                 stream.write(data)
             return
         if found != data:
-            raise _other_configuration(self.place)
+            raise other_configuration(self.place)
 
     def _write(
         self, streams: list[Stream], tasks: dict[str, list[ShardTask]]
@@ -344,7 +299,7 @@ class _Preparation:
             for task, record in zip(own, pool.map(own), strict=True):
                 records[task.name] = record
                 self._tell(task, own)
-        wait(config, "shards", lambda: self._missing(everything, records), self.say)
+        self._wait("shards", lambda: self._missing(everything, records))
         return {split: tuple(records[task.name] for task in tasks[split]) for split in SPLITS}
 
     def _tell(self, task: ShardTask, own: Sequence[ShardTask]) -> None:
@@ -376,7 +331,7 @@ class _Preparation:
             beside = dataclasses.replace(manifest, root="")
             with self.storage.create(MANIFEST_NAME) as stream:
                 stream.write(beside.to_bytes())
-        LocalStorage(self.out_path, owner=self.owner).folder.mkdir(parents=True, exist_ok=True)
+        self.out_path.mkdir(parents=True, exist_ok=True)
         manifest.save(self.out_path, owner=self.owner)
         clean = open_storage(self.place)
         for split in SPLITS:

@@ -21,7 +21,8 @@ from data_prep.engine.documents import PortableTokenizer, Result, Task
 from data_prep.engine.parts import PartWriter
 from data_prep.engine.pool import Pool
 from data_prep.engine.streams import Stream, Used, unit_path, unit_stamp, unit_state
-from data_prep.readers import Document, UnitReport, read_unit
+from data_prep.readers import Document, Unit, UnitReport, read_unit
+from data_prep.readers.files import COMPRESSED_SUFFIXES
 
 PART_TOKENS = 1 << 24
 PART_DOCUMENTS = 1 << 17
@@ -98,12 +99,12 @@ class EncodePhase:
 
     @property
     def num_bytes(self) -> int:
-        """About how much this worker has to read, on disk."""
+        """About how much text this worker has to read."""
         by_stream = itertools.groupby(self._own, key=lambda item: item[0].number)
         total = 0
         for number, items in by_stream:
             stream = self._streams[number]
-            size = sum(stream.units[unit].num_bytes for _, unit in items)
+            size = sum(_text_bytes(stream.units[unit]) for _, unit in items)
             if stream.goal is not None and not stream.all_read:
                 tokens = stream.goal * stream.cutting.seq_length // stream.cutting.sure_per_sample
                 size = min(size, 4 * tokens)
@@ -221,6 +222,12 @@ class EncodePhase:
                 batch, characters = _Batch(unit), 0
         batch.num_read, batch.report, batch.last = num_read, _take(report), True
         yield batch
+
+
+def _text_bytes(unit: Unit) -> int:
+    """Bytes of a unit's text, compressed files at three times their size."""
+    packed = unit.parts[0].path.endswith(COMPRESSED_SUFFIXES)
+    return unit.num_bytes * (3 if packed else 1)
 
 
 def _take(report: UnitReport) -> UnitReport:

@@ -43,7 +43,9 @@ def choose_processes(configured: int, *, pays: bool = True) -> int:
     """
     if configured:
         return configured
-    return min(len(os.sched_getaffinity(0)), _MAX_DEFAULT) if pays else 1
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's
+    cores = max(1, len(os.sched_getaffinity(0)) // ranks_here)
+    return min(cores, _MAX_DEFAULT) if pays else 1
 
 
 class Pool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,57 @@ from data_prep.engine.streams import Stream, Used, unit_state
 Say = Callable[[str], None]
 _POLL_S = (0.1, 5.0)
 _SAY_EVERY_S = 30.0
+
+
+class WorkerFailedError(ValueError):
+    """Another worker has ended with an error that somebody must mend."""
+
+
+class Fellows:
+    """Tells other workers that this one has failed, and hears of it from them.
+
+    Args:
+        config: the workers.
+        work: folder of the work files.
+    """
+
+    def __init__(self, config: PrepareConfig, work: Path) -> None:
+        self._config, self._work = config, work
+
+    def start(self) -> None:
+        """Notes that this worker is at it, in the file system's own time."""
+        if self._config.num_workers > 1:
+            self._work.mkdir(parents=True, exist_ok=True)
+            self._file(self._config.worker_rank, "failed").unlink(missing_ok=True)
+            self._file(self._config.worker_rank, "started").write_text("")
+
+    def failed(self, error: Exception) -> None:
+        """Notes why this worker ends."""
+        if self._config.num_workers > 1 and not isinstance(
+            error, (WorkersMissingError, WorkerFailedError)
+        ):
+            with contextlib.suppress(OSError):  # the disk may be what has failed
+                self._file(self._config.worker_rank, "failed").write_text(str(error))
+
+    def check(self, workers: Sequence[int]) -> None:
+        """Whether any of these has failed since this one started.
+
+        Raises:
+            WorkerFailedError: one has.
+        """
+        own = self._file(self._config.worker_rank, "started")
+        for worker in workers:
+            file = self._file(worker, "failed")
+            try:
+                if file.stat().st_mtime_ns < own.stat().st_mtime_ns:
+                    continue  # of an earlier call
+                text = file.read_text()
+            except FileNotFoundError:
+                continue
+            raise WorkerFailedError(f"worker {worker} of {self._config.num_workers} failed: {text}")
+
+    def _file(self, worker: int, what: str) -> Path:
+        return self._work / f"{what}.worker{worker}of{self._config.num_workers}"
 
 
 class WorkersMissingError(TimeoutError):
@@ -37,7 +89,11 @@ class Missing:
 
 
 def wait_for_others(
-    config: PrepareConfig, what: str, missing: Callable[[], Missing], say: Say | None
+    config: PrepareConfig,
+    what: str,
+    missing: Callable[[], Missing],
+    say: Say | None,
+    fellows: Fellows,
 ) -> None:
     """Returns when nothing is missing.
 
@@ -46,9 +102,11 @@ def wait_for_others(
         what: that is waited for, in words.
         missing: looks.
         say: told every half minute.
+        fellows: the others.
 
     Raises:
         WorkersMissingError: nothing was done for `wait_s` seconds.
+        WorkerFailedError: a worker that is waited for has failed.
     """
     pause, longest = _POLL_S
     last_change = last_said = time.monotonic()
@@ -58,6 +116,7 @@ def wait_for_others(
         if (len(found.tasks), found.done) != before:
             before, last_change = (len(found.tasks), found.done), now
         workers = sorted({task % config.num_workers for task in found.tasks})
+        fellows.check(workers)
         words = (
             f"{len(found.tasks)} {what} of worker{'s' if len(workers) > 1 else ''} "
             f"{', '.join(map(str, workers[:20]))}{' …' if len(workers) > 20 else ''}"
