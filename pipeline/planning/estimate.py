@@ -93,7 +93,7 @@ class Time:
     def bound(self) -> str:
         """What most of the step is."""
         if self.launch > self.compute + self.traffic:
-            return "kernel launches"
+            return "launches"
         names = {name: getattr(self, name) for name in ("compute", "traffic", "communication")}
         return max(names, key=lambda name: names[name])
 

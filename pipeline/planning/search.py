@@ -77,7 +77,7 @@ def search(config: RunConfig, work: Work, dtype: str, tell: Advance) -> Found:
         config: gives `plan`, and everything that the program's checks ask for.
         work: the stage.
         dtype: type of weights and activations.
-        tell: is told how many layouts that fit have been found.
+        tell: is told how many ways to split have been followed.
     """
     return _Search(config, work, dtype, tell).run()
 
@@ -110,7 +110,7 @@ class _Search:
             except ValueError as error:  # what only the model itself checks
                 found.refused[str(error)].extend(layout for layout, _ in ways[way])
                 found.num_legal -= len(ways[way])
-            self.tell(min(len(found.fitting), self.plan.top), f"{found.num_followed} followed")
+            self.tell(found.num_followed, f"{len(found.fitting)} fit")
         found.fitting.sort(key=lambda estimate: estimate.time.step)
         del found.fitting[self.plan.top :]
         found.seconds = time.monotonic() - start

@@ -82,22 +82,21 @@ def stage_table(plan: Plan) -> Table:
     layouts = [stage.layout for stage in plan.stages if stage.layout is not None]
     name = f": {name_of(layouts[0], batch=False)}" if layouts else ""
     table = _table(f"Stages with the layout as configured{name}")
-    table.add_column("stage")
-    for column in ("tokens", "batch", "a pass", "PFLOP/step", "s/step", "tokens/s", "MFU"):
+    table.add_column("stage", no_wrap=True, min_width=14)
+    for column in ("tokens", "batch (pass)", "FLOP/step", "s/step", "tokens/s", "MFU"):
         table.add_column(column, justify="right")
     table.add_column("bound by")
-    for column in ("steps", "time", "GiB"):
+    for column in ("steps", "time", "memory"):
         table.add_column(column, justify="right")
     for stage in plan.stages:
         if not stage.phases:
-            table.add_row(stage.work.entry, *[""] * 7, "refused", style="red")
+            table.add_row(stage.work.entry, *[""] * 6, "refused", style="red")
         for number, part in enumerate(stage.phases):
             table.add_row(
                 stage.work.entry if number == 0 else "",
                 f"{part.phase.length:,}",
-                str(part.phase.batch_size),
-                str(part.split.micro_batch_size),
-                f"{part.flops / 1e15:,.3g}",
+                f"{part.phase.batch_size} ({part.split.micro_batch_size})",
+                with_prefix(part.flops),
                 f"{part.time.step:,.3g}",
                 f"{part.tokens_per_s:,.0f}",
                 f"{plan.mfu(part.flops, part.time.step):.1%}",
@@ -111,8 +110,7 @@ def stage_table(plan: Plan) -> Table:
 
 def _memory_cell(stage: StagePlan) -> Text:
     assert stage.memory is not None
-    number = f"{stage.memory.total / GIB:.1f}"
-    return Text(number, style="green" if stage.memory.fits else "bold red")
+    return Text(size(stage.memory.total), style="green" if stage.memory.fits else "bold red")
 
 
 def memory_table(entry: str, layout: Layout | None, memory: Memory) -> Table:
@@ -120,19 +118,17 @@ def memory_table(entry: str, layout: Layout | None, memory: Memory) -> Table:
     name = "" if layout is None else f" ({name_of(layout)})"
     table = _table(f"Memory of the fullest rank in {entry}{name}")
     table.add_column("kind")
-    table.add_column("GiB", justify="right")
+    table.add_column("bytes", justify="right")
     table.add_column("of the GPU's")
     for part, value in memory.parts.items():
-        table.add_row(PARTS[part], f"{value / GIB:.2f}", _bar(value / memory.capacity))
+        table.add_row(PARTS[part], size(value), _bar(value / memory.capacity))
     table.add_section()
     style = "green" if memory.fits else "bold red"
     when = f"highest: {NAMES[memory.when]}"
-    table.add_row(
-        when, f"{memory.total / GIB:.2f}", _bar(memory.total / memory.capacity), style=style
-    )
+    table.add_row(when, size(memory.total), _bar(memory.total / memory.capacity), style=style)
     for moment, value in memory.moments.items():
         if moment != memory.when and value > memory.states.held:
-            table.add_row(f"tensors at: {NAMES[moment]}", f"{value / GIB:.2f}", style="dim")
+            table.add_row(f"tensors at: {NAMES[moment]}", size(value), style="dim")
     return table
 
 
@@ -150,11 +146,11 @@ def layout_table(plan: Plan) -> Table:
         f"Layouts of {plan.searched.entry} that fit, the fastest first: {found.num_legal} are "
         f"legal, {found.num_followed} ways to split were followed in {found.seconds:.0f} s"
     )
-    for name in ("", "TP", "SP", "CP", "DP", "ZeRO", "a pass", "recompute"):
+    for name in ("", "TP", "SP", "CP", "DP", "ZeRO", "seqs/pass", "recompute"):
         table.add_column(
-            name, justify="right" if name in ("TP", "DP", "ZeRO", "a pass") else "left"
+            name, justify="right" if name in ("TP", "DP", "ZeRO", "seqs/pass") else "left"
         )
-    for name in ("s/step", "tokens/s", "MFU", "bound by", "GiB"):
+    for name in ("s/step", "tokens/s", "MFU", "bound by", "memory"):
         table.add_column(name, justify="right")
     work = plan.searched
     for number, estimate in enumerate(found.fitting, start=1):
@@ -173,7 +169,7 @@ def layout_table(plan: Plan) -> Table:
             f"{phase.length * phase.batch_size / seconds:,.0f}",
             f"{plan.mfu(work.flops(phase), seconds):.1%}",
             estimate.time.bound,
-            f"{estimate.memory.total / GIB:.1f}",
+            size(estimate.memory.total),
             style="bold" if number == 1 else None,
         )
     if not found.fitting:
@@ -190,7 +186,7 @@ def layout_table(plan: Plan) -> Table:
                 "yes" if estimate.layout.recompute else "",
                 *[""] * 3,
                 "does not fit",
-                f"{estimate.memory.total / GIB:.1f}",
+                size(estimate.memory.total),
                 style="red",
             )
     return table
@@ -225,6 +221,23 @@ def verdict(plan: Plan) -> Iterator[Text]:
         yield Text(f"Fastest that fits: {best.overrides(plan.searched.stage)}")
     if plan.found is not None and not plan.found.complete:
         yield Text("The search ran out of time; faster layouts may exist.", style="yellow")
+
+
+def size(value: float) -> str:
+    """`54.1 GiB`, `812 MiB`, `3.2 MiB`, `0`."""
+    if value < 2**10:
+        return "0"
+    if value >= GIB:
+        return f"{value / GIB:,.1f} GiB"
+    mib = value / 2**20
+    return f"{mib:,.0f} MiB" if mib >= 100 else f"{mib:.1f} MiB"
+
+
+def with_prefix(value: float) -> str:
+    """`46.7 P` for 46.7e15."""
+    powers = {"P": 1e15, "T": 1e12, "G": 1e9}
+    prefix = next((name for name, power in powers.items() if value >= power), "M")
+    return f"{value / powers.get(prefix, 1e6):.3g} {prefix}"
 
 
 def name_of(layout: Layout, *, batch: bool = True) -> str:

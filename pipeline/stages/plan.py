@@ -30,7 +30,7 @@ def run(config: RunConfig, context: StageContext) -> None:
         raise ValueError(
             "stage=plan is one process and plans for plan.num_gpus GPUs; start it without torchrun"
         )
-    with context.reporter.progress("plan: layouts found", config.plan.top) as tell:
+    with context.reporter.progress("plan: ways to split followed:", None) as tell:
         plan = make_plan(config, tell)
     console = Console(highlight=False)
     if not console.is_terminal:
@@ -43,7 +43,7 @@ def run(config: RunConfig, context: StageContext) -> None:
     paths = [path]
     if write_figure(plan, picture):
         paths.append(picture)
-    context.artifact(*paths, folder="plan", on_parent=True)
+    context.artifact(*paths, on_parent=True)
     context.say("plan: " + ", ".join(str(path) for path in paths))
     if plan.refusals:
         raise ValueError("the plan is refused: " + "; ".join(plan.refusals))
