@@ -92,6 +92,15 @@ class Pass:
     frozen: float
     """The other weights of this rank, in numbers."""
 
+    def fuller(self, other: Pass) -> Pass:
+        """This pass with the larger of both ranks' bytes at each moment."""
+        return replace(
+            self,
+            saved=max(self.saved, other.saved),
+            peaks={name: max(value, other.peaks[name]) for name, value in self.peaks.items()},
+            communication=max(self.communication, other.communication),
+        )
+
     def along(self, other: Pass, at: float) -> Pass:
         """The straight line through this pass (0) and another (1), at `at`."""
 
@@ -133,6 +142,12 @@ def measure(task: Task) -> Pass:
     return low.along(high, (task.length - shorter[0]) / (shorter[1] - shorter[0]))
 
 
+def _follow(task: Task) -> Pass:
+    """The fullest rank's pass: the last one receives most, the one before it also sends."""
+    last = _follow_rank(task, task.cp - 1)
+    return last if task.cp <= 2 else last.fuller(_follow_rank(task, task.cp - 2))
+
+
 def objective_for(task: Task, model: AllMemGPTModel) -> Objective:
     """The stage's objective, as `pipeline.stages` makes it."""
     kind = {"align": Align, "convert": Distill}.get(task.stage, NextToken)
@@ -141,8 +156,8 @@ def objective_for(task: Task, model: AllMemGPTModel) -> Objective:
 
 
 @lru_cache(maxsize=512)
-def _follow(task: Task) -> Pass:
-    rank = task.tp * task.cp - 1  # the last part of the sequence, which receives the most
+def _follow_rank(task: Task, cp_rank: int) -> Pass:
+    rank = task.tp * (cp_rank + 1) - 1
     layers = task.num_layers or min(task.base.num_layers, TRACED_LAYERS)
     with planned_ranks(tp=task.tp, cp=task.cp, rank=rank):
         model = build_model(
@@ -161,7 +176,7 @@ def _follow(task: Task) -> Pass:
             attention_backward_bytes=ATTENTION_BACKWARD_BYTES[task.kind],
             gathers_copy=task.kind == "cpu",
         )
-        _run(task, objective, tracker, list(trained.values()))
+        _run(task, cp_rank, objective, tracker, list(trained.values()))
         numbers = [
             _numbers(objective.model, trained, part) for part in ("", f".layers.{layers - 1}.")
         ]
@@ -176,12 +191,18 @@ def _numbers(model: AllMemGPTModel, trained: dict[str, nn.Parameter], part: str)
 
 
 def _run(
-    task: Task, objective: Objective, tracker: MemoryTracker, trained: list[nn.Parameter]
+    task: Task,
+    cp_rank: int,
+    objective: Objective,
+    tracker: MemoryTracker,
+    trained: list[nn.Parameter],
 ) -> None:
     for parameter in trained:
         parameter.register_post_accumulate_grad_hook(tracker.drop_gradient)
     _mark_phases(objective.model, tracker)
     batch = _micro_batch(task)
+    if task.cp > 1:
+        batch = batch.shard(cp_rank, task.cp)
     tracker.leave_out((*objective.model.parameters(), *objective.model.buffers()))
     where = planned(task.kind, num_processors=task.num_processors, tell=tracker.launch)
     with tracker, where, objective.active(task.mixer):
@@ -208,8 +229,7 @@ def _micro_batch(task: Task) -> MicroBatch:
         rows, length = 1, rows * length
     tokens = torch.empty(rows, length, dtype=torch.int64, device=META)
     targets = torch.empty(rows, length, dtype=torch.bool, device=META)
-    batch = MicroBatch(tokens, targets, torch.empty_like(tokens), borders)
-    return batch if task.cp == 1 else batch.shard(task.cp - 1, task.cp)
+    return MicroBatch(tokens, targets, torch.empty_like(tokens), borders)
 
 
 def _mark_phases(model: AllMemGPTModel, tracker: MemoryTracker) -> None:

@@ -202,6 +202,13 @@ CASES: tuple[Case, ...] = (
     Case(name="tp2_sp", num_ranks=2, words=("parallel.tp=2", "parallel.sp=true")),
     Case(name="cp2", num_ranks=2, length=8192, words=("parallel.cp=2",)),
     Case(
+        name="cp4",
+        num_ranks=4,
+        length=16384,
+        chunk=256,
+        words=("parallel.cp=4", "parallel.recompute=true"),
+    ),
+    Case(
         name="cp2_a2a",
         num_ranks=2,
         length=16384,

@@ -54,6 +54,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "convert, recompute": {"recompute": True},
     "convert, tp 2, sp": {"tp": 2, "sp": True},
     "convert, cp 2": {"cp": 2, "recompute": True},
+    "convert, cp 4": {"cp": 4},
     "convert, cp 2, a2a": {"cp": 2, "cp_mode": "a2a"},
     "convert, packed": {"documents": 3},
     "mamba2": {"branch": "mamba2", "mixer": replace(TASK.mixer, mode="mamba2")},
