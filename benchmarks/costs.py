@@ -62,8 +62,9 @@ class Setting:
     """Of a rank's link, each way (400 Gbit/s)."""
     latency_us: float = 10.0
     recompute: bool = True
-    teacher: bool = False
-    """Full attention of the base model before the student's passes, as in `convert`."""
+    teacher: str = ""
+    """Full attention of the base model before the student's passes, as in `convert`: `gathered`
+    (a rank gets all keys before its own) or `heads` (all tokens of some heads); empty: none."""
     zero3: bool = False
     """Weights are gathered layer by layer over all ranks."""
     prefetch: int = 1

@@ -51,8 +51,8 @@ def plot_measured(
     )
     longest = max(bar[3] for bars in (*measured, *simulated) for bar in bars)
     size = len(measured)
-    gantt(axes[0], measured, num_layers, f"Measured, {size} ranks: {num_layers} layers")
-    gantt(axes[1], simulated, num_layers, "Simulated from the times of one rank alone")
+    gantt(axes[0], measured, num_layers, f"Measured: {size} ranks, {num_layers} layers")
+    gantt(axes[1], simulated, num_layers, "Simulated from the compute times of one rank alone")
     for axis in axes[:2]:
         axis.set_xlim(0, 1.01 * longest)
     blue, orange = plt.get_cmap(FORWARD), plt.get_cmap(BACKWARD)
@@ -89,7 +89,7 @@ def _efficiencies(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
         ranks, [r["layer_bound"] for r in rows], "^:", color=GREY, **style, label="L / (L + R - 1)"
     )
     axes.set_xticks(ranks)
-    axes.set_ylim(0.5, 1.03)
+    axes.set_ylim(0.5, 1.04)
     axes.set_xlabel("context-parallel ranks", fontsize=9)
     axes.set_title(
         "Efficiency: time computing, of all ranks' time", loc="left", fontsize=10, color=INK
@@ -102,9 +102,9 @@ def _efficiencies(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
 def plot_simulation(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Efficiency by ranks: the student alone, under ZeRO-3, and with the teacher before it."""
     panels = (
-        ("Student alone (ZeRO 0 to 2)", False, False),
-        ("Student alone, ZeRO-3", False, True),
-        ("With the full-attention teacher", True, False),
+        ("Student alone (ZeRO 0 to 2)", "", False),
+        ("Student alone, ZeRO-3", "", True),
+        ("With the teacher, keys gathered", "gathered", False),
     )
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.6), sharey=True, layout="constrained")
     for axis, (title, teacher, zero3) in zip(axes, panels, strict=True):

@@ -303,6 +303,8 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--chunk", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=9, help="undisturbed passes to wait for")
     parser.add_argument("--most_passes", type=int, default=200, help="stop waiting for them then")
+    parser.add_argument("--idle", type=float, default=0.8, help="share of the cores, before a pass")
+    parser.add_argument("--patience_s", type=float, default=0.0, help="of all waiting for --idle")
     parser.add_argument("--quiet", type=float, default=0.95, help="share of a core that a rank had")
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--modes", nargs="+", default=["wavefront", "a2a"])
@@ -336,6 +338,8 @@ def main(words: list[str] | None = None) -> None:
         "repeats": given.repeats,
         "most_passes": given.most_passes,
         "quiet": given.quiet,
+        "idle": given.idle,
+        "patience_s": given.patience_s,
         "warmup": given.warmup,
         "mode": "wavefront",
         "ranks": 1,
@@ -365,12 +369,11 @@ def draw(
     config: dict[str, Any], ranks: list[list[Pass]], alone: LayerSeconds, link: Link,
     rows: list[dict[str, Any]], path: Path,
 ) -> None:  # fmt: skip
-    """The figure, with the pass whose time is the median."""
-    passes = sorted(zip(*ranks, strict=True), key=lambda one: span(one)[1] - span(one)[0])
-    middle = passes[len(passes) // 2]
-    zero = span(middle)[0]
+    """The figure, with the least disturbed pass."""
+    best = max(zip(*ranks, strict=True), key=lambda one: one[0]["core_share"])
+    zero = span(best)[0]
     simulated = bars_of_timeline(predict(config, alike(config, alone), link))
-    measured = [bars_of(one, zero) for one in middle]
+    measured = [bars_of(one, zero) for one in best]
     plot_measured(measured, simulated, config["base"]["num_layers"], rows, path)
 
 

@@ -103,6 +103,28 @@ def one_pass(model: AllMemGPTModel, config: dict[str, Any], tokens: Tensor) -> d
     return {"marks": list(marks), "waits": waits, "core_share": float(had)}
 
 
+def wait_for_idle(share: float, patience: float) -> float:
+    """Rank 0 waits until the machine's cores were idle for `share` of half a second.
+
+    The others wait for it at the start of the pass. Gives back how many of the seconds of
+    `patience` are left; nothing is waited for where there are none, or no /proc/stat (Linux).
+    """
+    path = Path("/proc/stat")
+    begin = time.monotonic()
+    while dist.get_rank() == 0 and path.exists() and time.monotonic() - begin < patience:
+        first, second = (_cpu_ticks(path, pause) for pause in (0.0, 0.5))
+        if second[0] - first[0] >= share * (second[1] - first[1]):
+            break
+    return patience - (time.monotonic() - begin)
+
+
+def _cpu_ticks(path: Path, pause: float) -> tuple[int, int]:
+    """After a pause, (idle, all) ticks of all cores since the machine started."""
+    time.sleep(pause)
+    ticks = [int(word) for word in path.read_text(encoding="utf-8").splitlines()[0].split()[1:]]
+    return ticks[3] + ticks[4], sum(ticks)
+
+
 def num_quiet(config: dict[str, Any], passes: list[dict[str, Any]]) -> int:
     """Passes after warming up in which every rank had a core while it computed."""
     return sum(one["core_share"] >= config["quiet"] for one in passes[config["warmup"] :])
@@ -123,7 +145,9 @@ def main() -> None:
     generator = torch.Generator().manual_seed(dist.get_rank())
     tokens = torch.randint(0, 256, (1, config["tokens_per_rank"]), generator=generator)
     passes: list[dict[str, Any]] = []
+    patience = config["patience_s"]
     while len(passes) < config["most_passes"] and num_quiet(config, passes) < config["repeats"]:
+        patience = wait_for_idle(config["idle"], patience)
         passes.append(one_pass(model, config, tokens))
         if dist.get_rank() == 0 and len(passes) % 10 == 0:
             print(f"{len(passes)} passes, {num_quiet(config, passes)} undisturbed", flush=True)

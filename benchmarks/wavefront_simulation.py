@@ -25,22 +25,23 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def teacher_layer(
-    base: BaseModelConfig, rank: int, ranks: int, layer: int, mode: str, setting: Setting
+    base: BaseModelConfig, rank: int, ranks: int, layer: int, setting: Setting
 ) -> list[Operation]:
     """A layer of the base model on one rank: full causal attention over all tokens before.
 
-    Mode a2a exchanges heads, so that all ranks attend equally; wavefront gathers keys and values.
+    By heads all ranks attend equally long; with gathered keys the last rank has most to do.
     """
+    by_heads = setting.teacher == "heads"
     flops = TokenFlops.of(base, MemoryConfig(), setting.window_size, setting.num_sinks)
     own = setting.tokens / ranks
     dense = setting.dense_tflops * 1e12
-    pairs = setting.tokens**2 / 2 / ranks if mode == "a2a" else own * (rank * own) + own**2 / 2
+    pairs = setting.tokens**2 / 2 / ranks if by_heads else own * (rank * own) + own**2 / 2
     attend = 4.0 * base.num_heads * base.head_dim * pairs / (setting.attention_tflops * 1e12)
     project = own * flops.qkv / dense
     rest = own * (flops.window_out + flops.mlp) / dense
     kv = own * 2 * base.num_kv_heads * base.head_dim * BF16
     key = ("teacher", layer)
-    if mode == "a2a":
+    if by_heads:
         heads = (2 * base.num_heads + 2 * base.num_kv_heads) * base.head_dim * BF16
         seconds = own * heads / 2 * (ranks - 1) / ranks / setting.link.bytes_per_s
         meet = [Join(key), Await(key, seconds)]
@@ -69,7 +70,7 @@ def programs(
     for rank in range(ranks):
         steps: list[list[Operation]] = []
         if setting.teacher:
-            steps += [teacher_layer(base, rank, ranks, i, mode, setting) for i in layers]
+            steps += [teacher_layer(base, rank, ranks, i, setting) for i in layers]
         steps += [list(layer_forward(rank, i, seconds, sizes)) for i in layers]
         steps += [list(layer_backward(rank, i, seconds, sizes)) for i in reversed(layers)]
         program: list[Operation] = []
@@ -119,7 +120,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         "|---|---:|---|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
-        extra = " + teacher" * row["teacher"] + " + ZeRO-3" * row["zero3"]
+        extra = f" + teacher, {row['teacher']}" if row["teacher"] else " + ZeRO-3" * row["zero3"]
         bounds = ["", ""]
         if row["mode"] == "wavefront":
             bounds = [f"{row['layer_bound']:.2f}", f"{row['scan_bound']:.2f}"]
@@ -132,13 +133,16 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def cases(setting: Setting, ranks: list[int]) -> list[tuple[str, int, str, Setting]]:
     """All rows: both modes where the memory's eight heads allow it, with and without a teacher."""
-    heads = MemoryConfig().heads(SHAPES["Qwen3-8B"])
+    heads = MemoryConfig().heads(SHAPES["Qwen3-8B"])  # as many as key-value heads
     found = []
     for name in SHAPES:
         for size in ranks:
-            for mode in ("wavefront", "a2a") if heads % size == 0 else ("wavefront",):
-                for teacher, zero3 in ((False, False), (False, True), (True, False)):
-                    found.append((name, size, mode, replace(setting, teacher=teacher, zero3=zero3)))
+            by_heads = heads % size == 0
+            for mode in ("wavefront", "a2a") if by_heads else ("wavefront",):
+                teachers = ["gathered"] * (mode == "wavefront") + ["heads"] * by_heads
+                settings = [setting, replace(setting, zero3=True)]
+                settings += [replace(setting, teacher=teacher) for teacher in teachers]
+                found += [(name, size, mode, one) for one in settings]
     return found
 
 
