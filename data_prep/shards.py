@@ -23,17 +23,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.atomic import atomic_file, write_atomic
+from data_prep.codec import MEMBERS, decode_sample, encode_sample
 from data_prep.sample import Sample
 
 SCHEMA_VERSION = 2
 """Version 1 had no `root`; it is read as well."""
 _READABLE = (1, 2)
 MANIFEST_NAME = "manifest.json"
-MEMBERS = ("tokens.npy", "loss_mask.npy", "cu_seqlens.npy", "meta.json")
 _MEMBER_NAME = re.compile(
     r"(?P<key>[0-9]{9})\.(?P<part>tokens\.npy|loss_mask\.npy|cu_seqlens\.npy|meta\.json)"
 )
-_DTYPES = {"tokens.npy": np.int32, "loss_mask.npy": np.uint8, "cu_seqlens.npy": np.int32}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,46 +195,6 @@ def write_samples(
     return counts.record(name, source, kind, digest.sha256.hexdigest(), digest.num_bytes)
 
 
-def encode_sample(sample: Sample) -> dict[str, bytes]:
-    """The four members of a sample as bytes."""
-    members = {
-        "tokens.npy": _npy_bytes(sample.tokens.astype("<i4")),
-        "loss_mask.npy": _npy_bytes(sample.loss_mask.astype("u1")),
-        "cu_seqlens.npy": _npy_bytes(sample.cu_seqlens.astype("<i4")),
-        "meta.json": json.dumps(sample.meta, sort_keys=True, separators=(",", ":")).encode(),
-    }
-    assert tuple(members) == MEMBERS
-    return members
-
-
-def decode_sample(members: dict[str, bytes], where: str) -> Sample:
-    """A sample from its members.
-
-    Raises:
-        ValueError: a member of another type or shape.
-    """
-    arrays: dict[str, NDArray[Any]] = {}
-    try:
-        for part, dtype in _DTYPES.items():
-            array = np.load(io.BytesIO(members[part]), allow_pickle=False)
-            if array.dtype != dtype or array.ndim != 1:
-                raise ValueError(
-                    f"{part} is {array.dtype}{list(array.shape)}, not 1-D {dtype.__name__}"
-                )
-            arrays[part] = array
-        meta = json.loads(members["meta.json"])
-        if not isinstance(meta, dict):
-            raise ValueError("meta.json is no object")
-        return Sample(
-            tokens=arrays["tokens.npy"],
-            loss_mask=arrays["loss_mask.npy"],
-            cu_seqlens=arrays["cu_seqlens.npy"],
-            meta=meta,
-        )
-    except (ValueError, EOFError, KeyError) as error:
-        raise ValueError(f"{where} is broken: {error}; run stage=prepare again") from error
-
-
 def index_shard(data: BinaryIO, name: str) -> list[dict[str, tuple[int, int]]]:
     """Where each sample's members lie in an open tar file: part -> (offset, size).
 
@@ -341,12 +300,6 @@ def file_sha256(path: Path) -> str:
     """SHA-256 (hex) of a file."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _npy_bytes(array: NDArray[Any]) -> bytes:
-    buffer = io.BytesIO()
-    np.lib.format.write_array(buffer, array, version=(1, 0), allow_pickle=False)
-    return buffer.getvalue()
 
 
 class _HashingWriter(io.RawIOBase):

@@ -23,16 +23,15 @@ from data_prep.tokenize import TextEncoder, TokenizerLike, end_of_text_id, pad_t
 
 
 class PortableTokenizer:
-    """A tokenizer for other processes: its fast part at once, `transformers` only where needed.
+    """A tokenizer for other processes, where each part is unpacked only if it is needed.
 
     Args:
         tokenizer: a fast tokenizer.
     """
 
     def __init__(self, tokenizer: TokenizerLike) -> None:
-        self._full: TokenizerLike | None = tokenizer
-        self._pickled = b""
-        self.backend: Any = tokenizer.backend_tokenizer
+        self._parts: dict[str, Any] = {"full": tokenizer, "backend": tokenizer.backend_tokenizer}
+        self._pickled: dict[str, bytes] = {}
         self.end_id = end_of_text_id(tokenizer)
         self.pad_id = pad_token_id(tokenizer)
         self.vocab_size = len(tokenizer)
@@ -40,18 +39,28 @@ class PortableTokenizer:
     @property
     def full(self) -> TokenizerLike:
         """The `PreTrainedTokenizerFast`."""
-        if self._full is None:
-            self._full = pickle.loads(self._pickled)  # noqa: S301 - the parent's own
-        return self._full
+        return self._part("full")
+
+    @property
+    def backend(self) -> Any:
+        """Its `tokenizers.Tokenizer`, without importing `transformers`."""
+        return self._part("backend")
 
     @property
     def dtype(self) -> np.dtype[Any]:
         """The smallest type that holds all ids."""
         return np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<u4")
 
+    def _part(self, name: str) -> Any:
+        if name not in self._parts:
+            self._parts[name] = pickle.loads(self._pickled[name])  # noqa: S301 - the parent's own
+        return self._parts[name]
+
     def __getstate__(self) -> dict[str, Any]:
-        pickled = self._pickled or pickle.dumps(self._full)
-        return {**vars(self), "_full": None, "_pickled": pickled}
+        for name, part in self._parts.items():
+            if name not in self._pickled:
+                self._pickled[name] = pickle.dumps(part)
+        return {**vars(self), "_parts": {}}
 
 
 @dataclass(frozen=True)
