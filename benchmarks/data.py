@@ -226,7 +226,9 @@ class Bench:
         )
         if done.returncode:
             lines = done.stderr.strip().splitlines() or ["no message"]
-            raise ValueError(f"{module} {work.get('case', '')} failed: {lines[-1]}")
+            raise ValueError(
+                f"{module} {work.get('case', '')} ended with status {done.returncode}: {lines[-1]}"
+            )
         return dict(json.loads(done.stdout.splitlines()[-1]))
 
 

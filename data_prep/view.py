@@ -177,7 +177,7 @@ def excerpts(mask: NDArray[np.uint8], max_tokens: int | None) -> list[tuple[int,
     parts = [(0, head), (start, end), (tail, length)]
     merged = [parts[0]]
     for first, last in parts[1:]:
-        if first <= merged[-1][1]:
+        if first <= merged[-1][1] + third // 4:  # a gap of a few words is no use
             merged[-1] = (merged[-1][0], last)
         else:
             merged.append((first, last))

@@ -68,10 +68,11 @@ def check_vocabulary(config: RunConfig) -> None:
     ids = open_tokenizer(config).get_vocab()
     for token, number in sorted(load_tokenizer(base).get_vocab().items(), key=lambda item: item[1]):
         if ids.get(token) != number:
+            other = f"gives {token!r} the id {ids[token]}" if token in ids else f"has no {token!r}"
             raise ValueError(
-                f"data.tokenizer={config.data.tokenizer} gives {token!r} the id {ids.get(token)}, "
-                f"the tokenizer of model.path={config.model.path} gives it {number}: the model "
-                "would read other text; leave data.tokenizer out, or extend the model's own"
+                f"data.tokenizer={config.data.tokenizer} {other}, the tokenizer of model.path="
+                f"{config.model.path} gives it {number}: the model would read other text; leave "
+                "data.tokenizer out, or extend the model's own"
             )
 
 

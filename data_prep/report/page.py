@@ -143,8 +143,8 @@ def _sources(facts: Facts, images: Mapping[str, bytes]) -> str:
             "–" if source.generated else f"{source.num_kept:,}",
             f"{source.num_samples:,}",
             f"{source.num_tokens:,}",
-            percent(source.loss_share),
-            percent(source.fill),
+            percent(source.loss_share) if source.num_samples else "–",
+            percent(source.fill) if source.num_samples else "–",
         )
         for source in facts.sources
     ]

@@ -28,7 +28,7 @@ table { border-collapse: collapse; width: 100%; margin: 10px 0 14px; font-size: 
 th { text-align: left; color: var(--soft); font-weight: 500; border-bottom: 1px solid var(--line);
   padding: 5px 12px 5px 0; white-space: nowrap; }
 td { border-bottom: 1px solid #eef0f3; padding: 5px 12px 5px 0; vertical-align: top;
-  overflow-wrap: anywhere; }
+  overflow-wrap: break-word; }
 th.n, td.n { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums;
   padding: 5px 0 5px 16px; }
 figure { margin: 18px 0 8px; }

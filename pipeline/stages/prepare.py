@@ -106,6 +106,8 @@ def _report(manifest: Manifest, context: StageContext, seconds: float) -> None:
                 "tokens": tokens,
                 f"{prefix}/samples": row["num_samples"],
                 f"{prefix}/tokens": row["num_tokens"],
+                f"{prefix}/loss_fraction": row["num_loss_tokens"] / max(row["num_tokens"], 1),
+                f"{prefix}/fill": row["num_tokens"] / (row["num_samples"] * manifest.seq_length),
                 f"{prefix}/bad_records": report["num_bad"],
                 "tokens_per_s": tokens / max(seconds, 1e-9),
             },
