@@ -43,15 +43,24 @@ def option_summary(group: str, option: str) -> str:
 def help_text(section: str | None = None) -> str:
     """Text of `--help`, or of `--help SECTION`: every field with its default and meaning.
 
+    Args:
+        section: `data`, or a section inside one, such as `data.dedup` or `data.sources.filters`.
+
     Raises:
         ValueError: unknown section.
     """
-    hints = typing.get_type_hints(RunConfig)
-    sections = {name: inner for name, hint in hints.items() if (inner := dataclass_in(hint))}
+    sections = _sections_in(RunConfig)
     if section is not None:
-        if section not in sections:
-            raise ValueError(f"{section} is not a section{nearest(section, list(sections))}")
-        return _section_help(section, sections[section])
+        first, *rest = section.split(".")
+        if first not in sections:
+            raise ValueError(f"{first} is not a section{nearest(first, list(sections))}")
+        cls = sections[first]
+        for name in rest:
+            known_inner = _sections_in(cls)
+            if name not in known_inner:
+                raise ValueError(f"{section} is not a section{nearest(name, list(known_inner))}")
+            cls = known_inner[name]
+        return _section_help(section, cls)
     known = groups()
     docs = field_docs(RunConfig)
     lines = [
@@ -77,8 +86,15 @@ def help_text(section: str | None = None) -> str:
     return "\n".join(lines)
 
 
+def _sections_in(cls: type) -> dict[str, type]:
+    """Fields of a section that are, or list, sections themselves."""
+    hints = typing.get_type_hints(cls)
+    return {name: inner for name, hint in hints.items() if (inner := dataclass_in(hint))}
+
+
 def _section_help(section: str, cls: type) -> str:
     docs = field_docs(cls)
+    inner = _sections_in(cls)
     lines = [f"{section}: {' '.join((cls.__doc__ or '').split())}"]
     for item in fields(cls):
         if item.default is not MISSING:
@@ -86,6 +102,8 @@ def _section_help(section: str, cls: type) -> str:
         else:
             made = "(required)" if item.default_factory is MISSING else item.default_factory()
             default = "(section)" if is_dataclass(made) else str(made)
+        if item.name in inner:
+            default += f"   (--help {section}.{item.name} lists the keys)"
         lines.append(f"  {section}.{item.name} = {default}")
         lines.extend(
             textwrap.wrap(

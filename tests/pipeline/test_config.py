@@ -187,6 +187,11 @@ def test_help_names_stages_recipes_and_every_setting(capsys: pytest.CaptureFixtu
         assert f"convert.{field.name}" in section
     with pytest.raises(ValueError, match="did you mean convert"):
         help_text("convrt")
+    assert "--help data.sources" in help_text("data")
+    assert "data.sources.filters" in help_text("data.sources")
+    assert "ISO 639-1" in help_text("data.sources.filters")
+    with pytest.raises(ValueError, match=r"data\.sorces is not a section.*sources"):
+        help_text("data.sorces")
 
 
 def test_known_keys_reach_into_sections():
