@@ -37,14 +37,7 @@ ROLES = ("system", "user", "assistant")
 FILE_ORDERS = ("hashed", "sorted")
 PACKINGS = ("best_fit", "none")
 LONG_DOCUMENTS = ("split", "truncate", "drop")
-RUNTIME_FIELDS = (
-    "dir",
-    "num_processes",
-    "num_workers",
-    "worker_rank",
-    "wait_s",
-    "keep_work",
-)
+RUNTIME_FIELDS = ("dir", "num_processes", "num_workers", "worker_rank", "wait_s", "keep_work")
 """Fields of `PrepareConfig` that decide place and speed, and no byte of a shard."""
 
 
@@ -365,6 +358,11 @@ class PrepareConfig:
                 raise ValueError(
                     f"source {source.name}: lengths {[*source.lengths]} go beyond "
                     f"seq_length={self.seq_length}; raise data.seq_length or leave them out"
+                )
+            if source.lengths and self.packing == "none":
+                raise ValueError(
+                    f"source {source.name}: lengths need samples that hold several documents; set "
+                    "data.packing=best_fit"
                 )
 
     def _check_workers(self) -> None:

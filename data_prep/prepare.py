@@ -30,7 +30,7 @@ from data_prep.engine.documents import PortableTokenizer
 from data_prep.engine.encode import EncodePhase, Progress
 from data_prep.engine.plan import StreamPlan, make_plans
 from data_prep.engine.pool import Pool, choose_processes
-from data_prep.engine.streams import Stream, list_streams
+from data_prep.engine.streams import Stream, list_streams, units_digest
 from data_prep.engine.workers import (
     Fellows,
     Missing,
@@ -137,6 +137,7 @@ class _Preparation:
 
     def _run(self) -> Manifest:
         streams = list_streams(self.config, self.shares)
+        self.fellows.agree(units_digest(streams))
         self._encode(streams)
         fillers = self._make_fillers()
         plans = make_plans(self.config, streams, self.work, owner=self.owner)

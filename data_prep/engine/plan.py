@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from data_prep.atomic import AtomicFile, write_atomic
 from data_prep.config import PrepareConfig
 from data_prep.dedup import EXACT, NEAR, Signer, find_duplicates
-from data_prep.engine.parts import Part, PartRecord
+from data_prep.engine.parts import Part, PartRecord, load_record
 from data_prep.engine.streams import Stream, Used, unit_state
 from data_prep.pack import WINDOW_PIECES, CutCounts, pack_pieces
 from data_prep.readers import UnitReport
@@ -68,7 +68,7 @@ def make_plans(
         ValueError: more records of a source are unreadable than `max_bad_fraction`.
     """
     found = [load_plan(work, stream) for stream in streams]
-    plans = [plan for plan in found if plan is not None]
+    plans = [plan for plan in found if plan is not None and _holds(work, plan)]
     if len(plans) == len(streams):
         return plans
     (work / "plan").mkdir(parents=True, exist_ok=True)
@@ -76,6 +76,15 @@ def make_plans(
     for stream, dropped in zip(streams, duplicates, strict=True):
         _Planner(config, stream, work, dropped, owner).run()
     return [plan for plan in (load_plan(work, stream) for stream in streams) if plan is not None]
+
+
+def _holds(work: Path, plan: StreamPlan) -> bool:
+    """Whether a plan was made from the parts that are there; text may have changed since."""
+    for part in plan.parts:
+        record = load_record(work / part["path"])
+        if record is None or record.digest != part["record"]["digest"]:
+            return False
+    return True
 
 
 def stream_parts(work: Path, stream: Stream) -> Iterator[tuple[Path, PartRecord]]:

@@ -7,6 +7,8 @@ reached. The cut is a function of the documents alone; a worker may read past it
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -174,6 +176,16 @@ def list_streams(config: PrepareConfig, shares: dict[str, list[int | None]]) -> 
                 )
             )
     return streams
+
+
+def units_digest(streams: Sequence[Stream]) -> str:
+    """SHA-256 (hex) of which files and ranges the units are."""
+    digest = hashlib.sha256()
+    for stream in streams:
+        for unit in stream.units:
+            parts = [[part.path, part.start, part.stop, part.split] for part in unit.parts]
+            digest.update(json.dumps([stream.name, parts]).encode())
+    return digest.hexdigest()
 
 
 def unit_path(work: Path, stream: Stream, unit: int, part: int) -> Path:

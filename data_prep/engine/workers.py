@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,26 @@ class Fellows:
             self._work.mkdir(parents=True, exist_ok=True)
             self._file(self._config.worker_rank, "failed").unlink(missing_ok=True)
             self._file(self._config.worker_rank, "started").write_text("")
+
+    def agree(self, digest: str) -> None:
+        """Makes sure that all workers have found the same units; the first one's list counts.
+
+        Raises:
+            ValueError: files have come, gone or changed their size since.
+        """
+        if self._config.num_workers == 1:
+            return
+        agreed = self._work / "units.sha256"
+        own = self._file(self._config.worker_rank, "units")
+        own.write_text(digest)
+        with contextlib.suppress(FileExistsError):
+            os.link(own, agreed)  # whole at once, and only if nobody was first
+        if agreed.read_text() != digest:
+            raise ValueError(
+                f"worker {self._config.worker_rank} finds other files than the first worker did: "
+                f"some have come, gone or grown; put them back, or delete {self._work.parent} "
+                "and start all workers again"
+            )
 
     def failed(self, error: Exception) -> None:
         """Notes why this worker ends."""

@@ -255,13 +255,21 @@ def test_lengths_and_policies_hold_in_the_shards(
         ({"lengths": {"4x": 1}}, "lengths {4x: 1} must be a number of tokens"),
         ({"lengths": {512: 1}}, r"go beyond seq_length=96; raise data.seq_length"),
         ({"lengths": {32: 0}}, "a share above 0"),
+        ({"lengths": {32: 1}, "packing": "none"}, "set data.packing=best_fit"),
         ({"long_documents": "cut"}, "is not one of split, truncate, drop"),
         ({"min_tail": 0}, "min_tail=0 must be at least 1"),
     ],
 )
 def test_wrong_lengths_are_refused(changes: dict[str, Any], message: str) -> None:
+    changes = dict(changes)
+    packing = changes.pop("packing", "best_fit")
+
+    def make() -> PrepareConfig:
+        source = SourceConfig(kind="jsonl", path="x", **changes)
+        return PrepareConfig(sources=[source], seq_length=96, packing=packing)
+
     with pytest.raises(ValueError, match=message):
-        PrepareConfig(sources=[SourceConfig(kind="jsonl", path="x", **changes)], seq_length=96)
+        make()
 
 
 # --- stores -----------------------------------------------------------------------------

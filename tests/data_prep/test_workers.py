@@ -281,10 +281,7 @@ def test_only_the_unit_that_changed_is_read_again(
     corpus: Path, tokenizer: Any, tmp_path: Path
 ) -> None:
     """A worker without its fellows leaves its units; one file is mended before it comes again."""
-    copy = tmp_path / "corpus"
-    copy.mkdir()
-    for file in corpus.iterdir():
-        (copy / file.name).write_bytes(file.read_bytes())
+    copy = copy_of(corpus, tmp_path / "corpus")
     config = make_config(copy, num_workers=2, wait_s=0)
     out = tmp_path / "out"
     with pytest.raises(WorkersMissingError):
@@ -299,6 +296,49 @@ def test_only_the_unit_that_changed_is_read_again(
     changed = {path.parent.name for path in before if before[path] != after[path]}
     assert changed
     assert all(name.endswith("-01") for name in changed)  # the chats are source 1
+
+
+def copy_of(corpus: Path, folder: Path) -> Path:
+    folder.mkdir()
+    for file in corpus.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+def test_workers_that_find_other_files_are_refused(
+    corpus: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    copy = copy_of(corpus, tmp_path / "corpus")
+    config = make_config(copy, num_workers=2, wait_s=0)
+    with pytest.raises(WorkersMissingError):
+        prepare_shards(config, tmp_path / "out", tokenizer=tokenizer)
+    with open(copy / "texts.jsonl", "a", encoding="utf-8") as stream:
+        stream.write(json.dumps({"text": "more " * 20_000}) + "\n")
+    second = dataclasses.replace(config, worker_rank=1)
+    with pytest.raises(ValueError, match=r"worker 1 finds other files than the first worker did"):
+        prepare_shards(second, tmp_path / "out", tokenizer=tokenizer)
+
+
+def test_a_plan_of_text_that_has_changed_is_made_again(
+    corpus: Path, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between plan and shards, and one file has changed when the command is given again."""
+    copy, out = copy_of(corpus, tmp_path / "corpus"), tmp_path / "out"
+    config = make_config(copy)
+    with monkeypatch.context() as patch:
+        patch.setattr("data_prep.prepare._Preparation._claim", _die)
+        with pytest.raises(Killed):
+            prepare_shards(config, out, tokenizer=tokenizer)
+    assert list(out.glob("work/*/plan/*.json"))
+    text = (copy / "chats.jsonl").read_text("utf-8")
+    (copy / "chats.jsonl").write_text(text.replace(" ", "  "), "utf-8")
+    prepare_shards(config, out, tokenizer=tokenizer)
+    prepare_shards(config, tmp_path / "whole", tokenizer=tokenizer)
+    assert files_of(out) == files_of(tmp_path / "whole")
+
+
+def _die(*_: Any) -> None:
+    raise Killed
 
 
 def test_settings_of_speed_and_place_do_not_change_the_hash(corpus: Path) -> None:
