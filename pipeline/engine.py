@@ -32,6 +32,7 @@ from pipeline.gradients import GradientOrder, clip_gradients, fill_gradient
 from pipeline.mpu import ModelParallelUnit
 from pipeline.objectives import Objective
 from pipeline.schema import OptimSettings
+from pipeline.whole_layers import WholeLayers
 from pipeline.zero import check_zero, reduce_bucket
 
 if not torch.cuda.is_available():
@@ -203,16 +204,16 @@ class Engine:
 
     def _order_gradients(self) -> None:
         """Let all ranks hand the same gradients to ZeRO in the same order."""
-        order = GradientOrder(
-            self._engine.optimizer, list(self._trained.values()), at_end=self.ranks.cp > 1
+        layers = None
+        if self._zero_stage == 3 and self.ranks.cp > 1:
+            modules = self.objective.whole_modules()
+            layers = WholeLayers(self._engine.optimizer, self._engine.module, modules)
+        GradientOrder(
+            self._engine,
+            list(self._trained.values()),
+            at_end=self.ranks.cp > 1,
+            after_backward=None if layers is None else layers.finish,
         )
-        reduce = self._engine.allreduce_gradients
-
-        def finish_and_reduce(*arguments: Any, **options: Any) -> None:
-            order.finish()
-            reduce(*arguments, **options)
-
-        self._engine.allreduce_gradients = finish_and_reduce  # called at the end of each backward
 
     def train_step(self, batches: Sequence[MicroBatch], *, lr: float) -> StepResult:
         """Forward, backward and one AdamW step over the step's micro-batches.

@@ -1,10 +1,10 @@
 """Gradients reach ZeRO in one order, and all of them, on every rank.
 
 ZeRO 2 and 3 put gradients into buckets as a backward pass makes them, and reduce the buckets over
-the ranks: so all ranks must make the same gradients in the same order. Ours need not. A rank whose
-documents are all shorter than a chunk never writes to the memory, and has no gradient for keys and
-rates; and what a context-parallel rank waits for depends on where documents cross its borders.
-So gradients wait here for their turn, and zeros stand in for those that a backward pass left out.
+the ranks: so all ranks must make the same gradients in the same order. Context-parallel ranks need
+not: what a rank waits for depends on where documents cross its borders, and where none of its
+tokens is ever written to the memory the rates have no gradient at all. So gradients wait here for
+their turn, and zeros stand in for those that a backward pass leaves out.
 
 Without ZeRO gradients are clipped here too.
 """
@@ -12,7 +12,7 @@ Without ZeRO gradients are clipped here too.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,18 +23,27 @@ from allmem_megatron.sharding import part_shape
 
 
 class GradientOrder:
-    """Stands between the backward pass and a ZeRO optimizer of DeepSpeed.
+    """Stands between the backward pass and the ZeRO optimizer of a DeepSpeed engine.
 
     Args:
-        zero: of stage 1, 2 or 3.
+        engine: of stage 1, 2 or 3.
         parameters: the trained ones in the order in which a model uses them; their gradients are
             handed over in the opposite one.
         at_end: only when the backward pass is over. Context-parallel ranks must, or a reduction
             would wait for a rank that waits for this rank's messages. All gradients are held until
             then; else one is held until those before it have come.
+        after_backward: called when a backward pass is over, before what is held is handed over.
     """
 
-    def __init__(self, zero: Any, parameters: Sequence[nn.Parameter], *, at_end: bool) -> None:
+    def __init__(
+        self,
+        engine: Any,
+        parameters: Sequence[nn.Parameter],
+        *,
+        at_end: bool,
+        after_backward: Callable[[], None] | None = None,
+    ) -> None:
+        zero = engine.optimizer
         self._order = list(reversed(parameters))
         self._at_end = at_end
         self._waiting: dict[int, tuple[Any, ...]] = {}
@@ -48,6 +57,9 @@ class GradientOrder:
         if by_group:
             groups = enumerate(zero.bit16_groups)
             self._group_of = {id(p): (number,) for number, group in groups for p in group}
+        self._after_backward = after_backward
+        self._reduce = engine.allreduce_gradients  # called at the end of each backward pass
+        engine.allreduce_gradients = self._finish
 
     def _arrived(self, parameter: nn.Parameter, *group: int) -> None:
         self._waiting[id(parameter)] = (parameter, *group)
@@ -57,12 +69,14 @@ class GradientOrder:
             self._hand_over(*found)
             self._next += 1
 
-    def finish(self) -> None:
-        """Hand over what is left after a backward pass; every rank calls it after each.
+    def _finish(self, *arguments: Any, **options: Any) -> None:
+        """Hand over what is left after a backward pass, and reduce.
 
         Raises:
             RuntimeError: a gradient came twice.
         """
+        if self._after_backward is not None:
+            self._after_backward()
         for parameter in self._order[self._next :]:
             if id(parameter) not in self._waiting:
                 fill_gradient(parameter)
@@ -71,6 +85,7 @@ class GradientOrder:
         self._next = 0
         if self._waiting:
             raise RuntimeError(f"{len(self._waiting)} gradient(s) came twice in a backward pass")
+        self._reduce(*arguments, **options)
 
 
 def fill_gradient(parameter: nn.Parameter) -> None:

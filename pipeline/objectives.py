@@ -102,6 +102,12 @@ class Objective(nn.Module):
         del run, batches, count
         yield
 
+    def whole_modules(self) -> list[nn.Module]:
+        """Modules in which context-parallel ranks need not do the same: layers and branches."""
+        layers: list[nn.Module] = list(self.model.decoder.layers)
+        branches = [mixer.memory for mixer in self.model.mixers() if mixer.memory is not None]
+        return layers + branches
+
     def hidden_states(self, batch: MicroBatch) -> Tensor:
         """[B, T, D] final states at this rank's tokens."""
         return self.model.hidden_states(
