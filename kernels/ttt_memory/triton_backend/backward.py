@@ -3,7 +3,7 @@
 The states and the momenta before every chunk are known (kept, or made again). Three parts:
 
 1. reads, all tokens at once: the queries' gradient, and the gradient of every state that was read;
-2. writes, last chunk first: `state_gradient_kernel` and `steps_weights_kernel`, one pair a chunk;
+2. writes, last chunk first: `steps_weights_kernel` and `normalise_gradient_kernel`, a pair a step;
 3. the keys', values' and rates' gradients, all tokens at once, from the dS of part 2.
 
 Sums over tokens and over hidden units are each inside one program: no atomics, so two runs are
@@ -42,7 +42,7 @@ def read_tokens_kernel(
     H: tl.constexpr, F: tl.constexpr, K: tl.constexpr,
     BT: tl.constexpr, BF: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dQ of equation (8). blocks [P, 3]: slot, first token, number of tokens."""
+    """dQ of equation (8), w in q's dtype. blocks [P, 3]: slot, first token, number of tokens."""
     block, head = tl.program_id(0), tl.program_id(1)
     slot = tl.load(blocks + block * 3)
     first, count = tl.load(blocks + block * 3 + 1), tl.load(blocks + block * 3 + 2)
@@ -54,7 +54,6 @@ def read_tokens_kernel(
     for f in range(0, F, BF):
         offs_f = f + tl.arange(0, BF)
         gate, up, down = load_weights(w, slot, head, H, F, K, offs_f, offs_k)
-        gate, up, down = gate.to(dtype), up.to(dtype), down.to(dtype)
         h_gate = tl.dot(q_TK, tl.trans(gate), input_precision=PRECISION)
         h_up = tl.dot(q_TK, tl.trans(up), input_precision=PRECISION)
         d_a = tl.dot(g_TK, tl.trans(down), input_precision=PRECISION)
@@ -73,7 +72,10 @@ def read_weights_kernel(
     H: tl.constexpr, F: tl.constexpr, K: tl.constexpr,
     BT: tl.constexpr, BF: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dW of equation (8) for every state. block_range [S + 1]: the blocks that read each slot."""
+    """dW of equation (8) for every state, w in q's dtype.
+
+    block_range [S + 1]: the blocks that read each slot.
+    """
     slot, head = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
     offs_t, offs_k = tl.arange(0, BT), tl.arange(0, BK)
     offs_f = tl.program_id(1) * BF + tl.arange(0, BF)
@@ -104,31 +106,82 @@ def read_weights_kernel(
 
 
 @triton.jit
+def low_weights_kernel(
+    w, scale, out, chunks,
+    H: tl.constexpr, F: tl.constexpr, K: tl.constexpr,
+    NORMALISED: tl.constexpr, BF: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """W~ of equation (9) of every chunk in out's dtype, out [A, H, 3, F, K].
+
+    Not NORMALISED: the states as they are, out [S, H, 3, F, K], `chunks` not read.
+    """
+    index, head = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
+    offs_f, offs_k = tl.program_id(1) * BF + tl.arange(0, BF), tl.arange(0, BK)
+    if NORMALISED:
+        slot = tl.load(chunks + index * 3)
+        gate, up, down = load_normalised(w, scale, slot, head, H, F, K, offs_f, offs_k)
+    else:
+        gate, up, down = load_weights(w, index, head, H, F, K, offs_f, offs_k)
+    store_weights(out, index, head, gate, up, down, H, F, K, offs_f, offs_k)
+
+
+@triton.jit
+def store_weights(
+    out, index, head, gate, up, down,
+    H: tl.constexpr, F: tl.constexpr, K: tl.constexpr, offs_f, offs_k,
+):  # fmt: skip
+    """The reverse of `load_weights`, in out's dtype."""
+    matrix = out + (index * H + head) * (3 * F * K)
+    at = offs_f[:, None] * K + offs_k[None, :]
+    valid = (offs_f < F)[:, None] & (offs_k < K)[None, :]
+    dtype = out.dtype.element_ty
+    tl.store(matrix + at, gate.to(dtype), mask=valid)
+    tl.store(matrix + F * K + at, up.to(dtype), mask=valid)
+    tl.store(matrix + 2 * F * K + at, down.to(dtype), mask=valid)
+
+
+@triton.jit(do_not_specialize=["begin"])
 def momentum_gradient_kernel(
     m, mu, chunks, grad_w, grad_m, grad_steps, grad_mu,
-    H: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr,
+    begin,
+    H: tl.constexpr, F: tl.constexpr, K: tl.constexpr,
+    WRITE: tl.constexpr, BF: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Equation (11) backward of a matrix: dS = dM_out + dW_out, dM_in = mu dS, d mu = <dS, M_in>.
+    """`momentum_gradient` by itself, for steps that are clipped between it and what follows."""
+    chunk, head = begin + tl.program_id(0) // H, tl.program_id(0) % H
+    offs_f, offs_k = tl.program_id(1) * BF + tl.arange(0, BF), tl.arange(0, BK)
+    momentum_gradient(
+        m, mu, chunks, grad_w, grad_m, grad_steps, grad_mu, chunk, head, tl.program_id(1),
+        tl.num_programs(1), H, F, K, WRITE, offs_f, offs_k,
+    )  # fmt: skip
 
-    grad_steps [A, H, 3, F, K] and grad_mu [A, H, 3] are written; grad_m[slot_in] is added to.
+
+@triton.jit
+def momentum_gradient(
+    m, mu, chunks, grad_w, grad_m, grad_steps, grad_mu, chunk, head, part, parts,
+    H: tl.constexpr, F: tl.constexpr, K: tl.constexpr, WRITE: tl.constexpr, offs_f, offs_k,
+):  # fmt: skip
+    """Equation (11) backward of some hidden units: dS = dM_out + dW_out, [BF, BK] thrice.
+
+    WRITE: and dM_in += mu dS, grad_steps [A, H, 3, F, K] = dS, and this part of d mu = <dS, M_in>
+    in grad_mu [A, H, parts].
     """
-    chunk, head, matrix = tl.program_id(0) // H, tl.program_id(0) % H, tl.program_id(1)
     slot_in, slot_out = tl.load(chunks + chunk * 3), tl.load(chunks + chunk * 3 + 1)
-    base_in = ((slot_in * H + head) * 3 + matrix) * SIZE
-    base_out = ((slot_out * H + head) * 3 + matrix) * SIZE
-    base_step = ((chunk.to(tl.int64) * H + head) * 3 + matrix) * SIZE
-    mu_chunk = tl.load(mu + chunk * H + head)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for begin in range(0, SIZE, BLOCK):
-        at = begin + tl.arange(0, BLOCK)
-        valid = at < SIZE
-        grad = tl.load(grad_w + base_out + at, mask=valid, other=0.0)
-        grad += tl.load(grad_m + base_out + at, mask=valid, other=0.0)
-        total += grad * tl.load(m + base_in + at, mask=valid, other=0.0)
-        before = tl.load(grad_m + base_in + at, mask=valid, other=0.0)
-        tl.store(grad_m + base_in + at, before + mu_chunk * grad, mask=valid)
-        tl.store(grad_steps + base_step + at, grad, mask=valid)
-    tl.store(grad_mu + (chunk * H + head) * 3 + matrix, tl.sum(total, 0))
+    gate, up, down = load_weights(grad_w, slot_out, head, H, F, K, offs_f, offs_k)
+    m_gate, m_up, m_down = load_weights(grad_m, slot_out, head, H, F, K, offs_f, offs_k)
+    gate, up, down = gate + m_gate, up + m_up, down + m_down
+    if WRITE:
+        m_gate, m_up, m_down = load_weights(m, slot_in, head, H, F, K, offs_f, offs_k)
+        total = tl.sum(gate * m_gate + up * m_up + down * m_down)
+        at = chunk * H + head
+        tl.store(grad_mu + at * parts + part, total)
+        factor = tl.load(mu + at)
+        m_gate, m_up, m_down = load_weights(grad_m, slot_in, head, H, F, K, offs_f, offs_k)
+        m_gate, m_up, m_down = m_gate + factor * gate, m_up + factor * up, m_down + factor * down
+        store_weights(grad_m, slot_in, head, m_gate, m_up, m_down, H, F, K, offs_f, offs_k)
+        index = chunk.to(tl.int64)
+        store_weights(grad_steps, index, head, gate, up, down, H, F, K, offs_f, offs_k)
+    return gate, up, down
 
 
 @triton.jit
@@ -157,36 +210,47 @@ def through_steps(
     return d_p, d_h_gate, d_h_up, p * h_up * slope, p * silu, silu * h_up, x_gate, x_up, x_down
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["begin", "C"])
 def steps_weights_kernel(
-    k, v, eta, w, scale, chunks, grad_steps, grad_base,
-    C, tokens_per_split,
-    H: tl.constexpr, F: tl.constexpr, K: tl.constexpr,
+    k, v, eta, base, m, mu, chunks, grad_w, grad_m, grad_steps, grad_mu, grad_base,
+    begin, C, tokens_per_split,
+    H: tl.constexpr, F: tl.constexpr, K: tl.constexpr, GIVEN: tl.constexpr,
     BT: tl.constexpr, BF: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dW~ of equation (10), summed over a share of the chunk's tokens.
+    """dW~ of equation (10), summed over a share of the chunk's tokens, after `momentum_gradient`.
 
-    grad_steps [A, H, 3, F, K]; grad_base [splits, A, H, 3, F, K] is written.
+    base [A, H, 3, F, K]: W~ in k's dtype. GIVEN: dS stands in grad_steps already. Written:
+    grad_base [splits, chunks of the launch, H, 3, F, K], and what `momentum_gradient` writes.
     """
-    chunk, head = tl.program_id(0) // H, tl.program_id(0) % H
+    chunk, head = begin + tl.program_id(0) // H, tl.program_id(0) % H
     split = tl.program_id(2)
     num_chunks = tl.num_programs(0) // H
-    slot = tl.load(chunks + chunk * 3)
     first = tl.load(chunks + chunk * 3 + 2)
     offs_t, offs_k = tl.arange(0, BT), tl.arange(0, BK)
     offs_f = tl.program_id(1) * BF + tl.arange(0, BF)
     dtype = k.dtype.element_ty
-    gate, up, down = load_normalised(w, scale, slot, head, H, F, K, offs_f, offs_k)
-    gate, up, down = gate.to(dtype), up.to(dtype), down.to(dtype)
     index = chunk.to(tl.int64)
-    ds_gate, ds_up, ds_down = load_weights(grad_steps, index, head, H, F, K, offs_f, offs_k)
-    ds_gate, ds_up, ds_down = ds_gate.to(dtype), ds_up.to(dtype), ds_down.to(dtype)
+    if GIVEN:
+        ds_gate, ds_up, ds_down = load_weights(grad_steps, index, head, H, F, K, offs_f, offs_k)
+        ds_gate, ds_up, ds_down = ds_gate.to(dtype), ds_up.to(dtype), ds_down.to(dtype)
+    else:
+        ds_gate, ds_up, ds_down = momentum_gradient(
+            m, mu, chunks, grad_w, grad_m, grad_steps, grad_mu, chunk, head, tl.program_id(1),
+            tl.num_programs(1), H, F, K, False, offs_f, offs_k,
+        )  # fmt: skip
+        ds_gate, ds_up, ds_down = ds_gate.to(dtype), ds_up.to(dtype), ds_down.to(dtype)
+        if split == 0:
+            momentum_gradient(
+                m, mu, chunks, grad_w, grad_m, grad_steps, grad_mu, chunk, head, tl.program_id(1),
+                tl.num_programs(1), H, F, K, True, offs_f, offs_k,
+            )  # fmt: skip
+    gate, up, down = load_weights(base, index, head, H, F, K, offs_f, offs_k)
     d_gate = tl.zeros((BK, BF), tl.float32)
     d_up = tl.zeros((BK, BF), tl.float32)
     d_down = tl.zeros((BK, BF), tl.float32)
-    begin = split * tokens_per_split
-    end = tl.minimum(begin + tokens_per_split, C)
-    for t in range(begin, end, BT):
+    start = split * tokens_per_split
+    end = tl.minimum(start + tokens_per_split, C)
+    for t in range(start, end, BT):
         k_TK = load_tokens(k, first + t, end - t, head, H, K, offs_t, offs_k)
         v_TK = load_tokens(v, first + t, end - t, head, H, K, offs_t, offs_k)
         eta_gate, eta_up, eta_down = load_rates(eta, first + t, end - t, head, H, offs_t)
@@ -197,7 +261,7 @@ def steps_weights_kernel(
         d_gate += tl.dot(tl.trans(k_TK), d_h_gate.to(dtype), input_precision=PRECISION)
         d_up += tl.dot(tl.trans(k_TK), d_h_up.to(dtype), input_precision=PRECISION)
         d_down += tl.dot(tl.trans(v_TK), d_p.to(dtype), input_precision=PRECISION)
-    out = grad_base + ((split * num_chunks + index) * H + head) * (3 * F * K)
+    out = grad_base + ((split * num_chunks + index - begin) * H + head) * (3 * F * K)
     at = offs_f[None, :] * K + offs_k[:, None]
     valid = (offs_f < F)[None, :] & (offs_k < K)[:, None]
     tl.store(out + at, d_gate, mask=valid)
@@ -205,10 +269,10 @@ def steps_weights_kernel(
     tl.store(out + 2 * F * K + at, d_down, mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["begin", "splits"])
 def normalise_gradient_kernel(
-    w, scale, norms, decay, chunks, grad_base, grad_w, grad_norms,
-    splits,
+    w, scale, decay, chunks, grad_base, grad_w, grad_norms,
+    begin, splits,
     H: tl.constexpr, F: tl.constexpr, K: tl.constexpr,
     BR: tl.constexpr, BC: tl.constexpr, BF: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
@@ -219,14 +283,15 @@ def normalise_gradient_kernel(
     """
     chunk, head = tl.program_id(0) // H, tl.program_id(0) % H
     num_chunks = tl.num_programs(0) // H
-    slot_in, slot_out = tl.load(chunks + chunk * 3), tl.load(chunks + chunk * 3 + 1)
+    slot_in = tl.load(chunks + (begin + chunk) * 3)
+    slot_out = tl.load(chunks + (begin + chunk) * 3 + 1)
     matrix, first = tile_of(tl.program_id(1), F, K, BR, BC)
     kept = 1.0 - tl.load(decay + head)
     size = F * K
-    index = chunk.to(tl.int64)
+    index = (begin + chunk).to(tl.int64)
     base_in = (slot_in * H + head) * (3 * size) + matrix * size
     base_out = (slot_out * H + head) * (3 * size) + matrix * size
-    base_step = (index * H + head) * (3 * size) + matrix * size
+    base_step = (chunk.to(tl.int64) * H + head) * (3 * size) + matrix * size
     split_stride = num_chunks.to(tl.int64) * H * (3 * size)
     scale_in = scale + (slot_in * H + head) * (2 * F + K) + matrix * F
     norm_out = grad_norms + (index * H + head) * (2 * F + K) + matrix * F
@@ -282,16 +347,18 @@ def normalise_gradient_kernel(
             tl.store(grad_w + base_in + at_c, total_c, mask=valid_c)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["C"])
 def steps_tokens_kernel(
-    k, v, eta, w, scale, chunks, grad_steps, grad_k, grad_v, grad_eta,
+    k, v, eta, mu_share, grad_mean, base, chunks, grad_steps, grad_k, grad_v, grad_eta, grad_mu,
     C,
     H: tl.constexpr, F: tl.constexpr, K: tl.constexpr,
     BT: tl.constexpr, BF: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dK, dV and d eta of equation (10) for a block of tokens of any chunk."""
+    """dK, dV and d eta of equation (10), d mu of (5), for a block of tokens of any chunk.
+
+    base and grad_steps [A, H, 3, F, K] in k's dtype; mu_share and grad_mean [A, H].
+    """
     chunk, head = tl.program_id(0), tl.program_id(2)
-    slot = tl.load(chunks + chunk * 3)
     begin = tl.program_id(1) * BT
     first, count = tl.load(chunks + chunk * 3 + 2) + begin, C - begin
     offs_t, offs_k = tl.arange(0, BT), tl.arange(0, BK)
@@ -307,10 +374,8 @@ def steps_tokens_kernel(
     index = chunk.to(tl.int64)
     for f in range(0, F, BF):
         offs_f = f + tl.arange(0, BF)
-        gate, up, down = load_normalised(w, scale, slot, head, H, F, K, offs_f, offs_k)
-        gate, up, down = gate.to(dtype), up.to(dtype), down.to(dtype)
+        gate, up, down = load_weights(base, index, head, H, F, K, offs_f, offs_k)
         ds_gate, ds_up, ds_down = load_weights(grad_steps, index, head, H, F, K, offs_f, offs_k)
-        ds_gate, ds_up, ds_down = ds_gate.to(dtype), ds_up.to(dtype), ds_down.to(dtype)
         d_p, d_h_gate, d_h_up, b_gate, b_up, b_down, x_gate, x_up, x_down = through_steps(
             k_TK, v_TK, eta_gate, eta_up, eta_down, gate, up, down, ds_gate, ds_up, ds_down,
             PRECISION,
@@ -337,3 +402,8 @@ def steps_tokens_kernel(
     tl.store(rates + rate, d_eta_gate, mask=offs_t < count)
     tl.store(rates + rate + 1, d_eta_up, mask=offs_t < count)
     tl.store(rates + rate + 2, d_eta_down, mask=offs_t < count)
+    d_mean = tl.load(mu_share + chunk * H + head) * tl.load(grad_mean + chunk * H + head)
+    real = (eta_gate != 0.0) | (eta_up != 0.0) | (eta_down != 0.0)
+    tl.store(
+        grad_mu + first * H + head + offs_t * H, tl.where(real, d_mean, 0.0), mask=offs_t < count
+    )

@@ -6,7 +6,8 @@ S slots (states of the memory: before the first and after each complete chunk of
 Layout. A state is one float32 tensor [S, H, 3, F, K]: gate, up, and down transposed, so that all
 three products with tokens have one form, X [tokens, K] times W^T [K, F]. `scale` [S, H, 2 F + K]
 holds what equation (9) multiplies W with: one number for each row of gate and up, one for each
-*column* of the transposed down.
+*column* of the transposed down. Where tokens meet weights in a loop, the weights are a copy in the
+tokens' dtype: half the bytes, and no registers to convert them in.
 
 A write is separable over hidden units: H_g, H_u, P and the three steps of equation (10) of some
 hidden units need those rows of the matrices only. So a program owns a block of hidden units of one
@@ -83,21 +84,58 @@ def load_normalised(
     return gate * s_gate[:, None], up * s_up[:, None], down * s_down[None, :]
 
 
+@triton.jit(do_not_specialize=["C"])
+def mean_mu_kernel(
+    mu, eta, chunks, mean, share,
+    C,
+    H: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr,
+):  # fmt: skip
+    """Equation (5): the mean of mu [N, H] over a chunk's tokens that are no padding.
+
+    chunks [A, 3]. Written: mean and share [A, H], the share being 1 / their number (0 of none).
+    """
+    chunk = tl.program_id(0)
+    first = tl.load(chunks + chunk * 3 + 2)
+    offs_t, offs_h = tl.arange(0, BT), tl.arange(0, BH)
+    total = tl.zeros((BH,), tl.float32)
+    number = tl.zeros((BH,), tl.float32)
+    for t in range(0, C, BT):
+        at = (offs_t + t)[:, None] * H + offs_h[None, :]
+        valid = (offs_t + t < C)[:, None] & (offs_h < H)[None, :]
+        real = real_tokens(eta + first * (H * 3), at, valid)
+        coefficient = tl.load(mu + first * H + at, mask=valid, other=0.0)
+        total += tl.sum(tl.where(real, coefficient, 0.0), 0)
+        number += tl.sum(real.to(tl.float32), 0)
+    one = tl.where(number > 0, 1.0 / tl.maximum(number, 1.0), 0.0)
+    tl.store(mean + chunk * H + offs_h, total * one, mask=offs_h < H)
+    tl.store(share + chunk * H + offs_h, one, mask=offs_h < H)
+
+
 @triton.jit
+def real_tokens(eta, at, valid):
+    """Which entries [.., H] of eta [.., H, 3] have a rate that is not 0."""
+    gate = tl.load(eta + at * 3, mask=valid, other=0.0)
+    up = tl.load(eta + at * 3 + 1, mask=valid, other=0.0)
+    down = tl.load(eta + at * 3 + 2, mask=valid, other=0.0)
+    return (gate != 0.0) | (up != 0.0) | (down != 0.0)
+
+
+@triton.jit(do_not_specialize=["begin", "C"])
 def steps_kernel(
     k, v, eta, w, scale, chunks, steps,
-    C, tokens_per_split,
+    begin, C, tokens_per_split,
     H: tl.constexpr, F: tl.constexpr, K: tl.constexpr,
     BT: tl.constexpr, BF: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """S of equation (10) for some hidden units, summed over a share of the chunk's tokens.
 
-    chunks [A, 3]: slot before, slot after, first token. steps [splits, A, H, 3, F, K].
+    chunks [A, 3]: slot before, slot after, first token; a launch has those from `begin` on.
+    steps [splits, chunks of the launch, H, 3, F, K].
     """
     chunk, head = tl.program_id(0) // H, tl.program_id(0) % H
     split = tl.program_id(2)
-    slot = tl.load(chunks + chunk * 3)
-    first = tl.load(chunks + chunk * 3 + 2)
+    slot = tl.load(chunks + (begin + chunk) * 3)
+    first = tl.load(chunks + (begin + chunk) * 3 + 2)
     offs_t, offs_k = tl.arange(0, BT), tl.arange(0, BK)
     offs_f = tl.program_id(1) * BF + tl.arange(0, BF)
     gate, up, down = load_normalised(w, scale, slot, head, H, F, K, offs_f, offs_k)
@@ -107,9 +145,9 @@ def steps_kernel(
     s_gate = tl.zeros((BK, BF), tl.float32)
     s_up = tl.zeros((BK, BF), tl.float32)
     s_down = tl.zeros((BK, BF), tl.float32)
-    begin = split * tokens_per_split
-    end = tl.minimum(begin + tokens_per_split, C)
-    for t in range(begin, end, BT):
+    start = split * tokens_per_split
+    end = tl.minimum(start + tokens_per_split, C)
+    for t in range(start, end, BT):
         k_TK = load_tokens(k, first + t, end - t, head, H, K, offs_t, offs_k)
         v_TK = load_tokens(v, first + t, end - t, head, H, K, offs_t, offs_k)
         eta_gate, eta_up, eta_down = load_rates(eta, first + t, end - t, head, H, offs_t)
@@ -149,22 +187,24 @@ def tile_of(
     return matrix, first
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["begin", "splits"])
 def update_kernel(
     w, m, scale, norms, mu, decay, clip_scale, chunks, steps,
-    splits,
+    begin, splits,
     H: tl.constexpr, F: tl.constexpr, K: tl.constexpr,
     CLIP: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, BF: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Equation (11): M_out = mu M_in + S, W_out = (1 - decay) W~ + M_out, and W_out's scales.
 
-    norms [H, 2 F + K]: of the initial weights. mu [A, H], decay [H], clip_scale [A, H, 3].
+    norms [H, 2 F + K]: of the initial weights. mu [A, H], decay [H]; clip_scale [.., H, 3] and
+    steps [splits, .., H, 3, F, K] of the launch's chunks, those from `begin` on.
     """
     chunk, head = tl.program_id(0) // H, tl.program_id(0) % H
     num_chunks = tl.num_programs(0) // H
-    slot_in, slot_out = tl.load(chunks + chunk * 3), tl.load(chunks + chunk * 3 + 1)
+    slot_in = tl.load(chunks + (begin + chunk) * 3)
+    slot_out = tl.load(chunks + (begin + chunk) * 3 + 1)
     matrix, first = tile_of(tl.program_id(1), F, K, BR, BC)
-    mu_chunk = tl.load(mu + chunk * H + head)
+    mu_chunk = tl.load(mu + (begin + chunk) * H + head)
     kept = 1.0 - tl.load(decay + head)
     if CLIP:  # noqa: SIM108
         factor = tl.load(clip_scale + (chunk * H + head) * 3 + matrix)
@@ -225,7 +265,10 @@ def read_kernel(
     H: tl.constexpr, F: tl.constexpr, K: tl.constexpr,
     BT: tl.constexpr, BF: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Equation (8) for all tokens at once. blocks [P, 3]: slot, first token, number of tokens."""
+    """Equation (8) for all tokens at once, w in q's dtype.
+
+    blocks [P, 3]: slot, first token, number of tokens.
+    """
     block, head = tl.program_id(0), tl.program_id(1)
     slot = tl.load(blocks + block * 3)
     first, count = tl.load(blocks + block * 3 + 1), tl.load(blocks + block * 3 + 2)
@@ -236,10 +279,10 @@ def read_kernel(
     for f in range(0, F, BF):
         offs_f = f + tl.arange(0, BF)
         gate, up, down = load_weights(w, slot, head, H, F, K, offs_f, offs_k)
-        h_gate = tl.dot(q_TK, tl.trans(gate.to(dtype)), input_precision=PRECISION)
-        h_up = tl.dot(q_TK, tl.trans(up.to(dtype)), input_precision=PRECISION)
+        h_gate = tl.dot(q_TK, tl.trans(gate), input_precision=PRECISION)
+        h_up = tl.dot(q_TK, tl.trans(up), input_precision=PRECISION)
         silu, _ = silu_parts(h_gate)
-        total += tl.dot((silu * h_up).to(dtype), down.to(dtype), input_precision=PRECISION)
+        total += tl.dot((silu * h_up).to(dtype), down, input_precision=PRECISION)
     start = first * (H * K) + head * K
     at = offs_t[:, None] * (H * K) + offs_k[None, :]
     valid = (offs_t < count)[:, None] & (offs_k < K)[None, :]

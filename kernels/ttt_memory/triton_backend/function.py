@@ -11,29 +11,45 @@ from torch import Tensor
 
 from kernels.ttt_memory.triton_backend import backward as bwd
 from kernels.ttt_memory.triton_backend import forward as fwd
-from kernels.ttt_memory.triton_backend.blocks import tiles
-from kernels.ttt_memory.triton_backend.launch import Call, shares, steps_of, write_chunks
+from kernels.ttt_memory.triton_backend.blocks import ROWS, padded, tiles
+from kernels.ttt_memory.triton_backend.launch import (
+    Call,
+    in_shares,
+    low_weights,
+    mean_mu,
+    shares,
+    shares_buffer,
+    steps_of,
+    write_chunks,
+)
 from kernels.ttt_memory.triton_backend.plan import ScanPlan
 
 
 class Scan(torch.autograd.Function):
-    """Inputs that fit each other -> out, and W and M of each row after its last complete chunk."""
+    """Inputs that fit each other -> out, and W and M of each row after its last complete chunk.
+
+    q [N, H, K]; k, v [M, H, K], eta [M, H, 3], mu [M, H] of the stream, eta and mu in float32; w, m
+    [I, H, 3, F, K] and norms [H, 2 F + K] in float32.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, eta: Tensor, mu: Tensor, w: Tensor, m: Tensor,
-        norms: Tensor, decay: Tensor, plan: ScanPlan, call: Call, keep: bool, want_state: bool,
+        norms: Tensor, plan: ScanPlan, call: Call, keep: bool, want_state: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         q, k, v, eta, mu, norms = (x.contiguous() for x in (q, k, v, eta, mu, norms))
-        states = write_chunks(k, v, eta, mu, w, m, norms, plan, call)
+        mean, share = mean_mu(mu, eta, plan, call)
+        states = write_chunks(k, v, eta, mean, w, m, norms, plan, call)
         sizes = call.sizes
         out = torch.empty_like(q)
         if len(plan.blocks):
+            low = low_weights(states[0], states[2], plan, call, q, normalised=False)
             fwd.read_kernel[(len(plan.blocks), sizes.heads)](
-                q, states[0], plan.blocks, out, *sizes.all, **sizes.options("read_kernel", q)
+                q, low, plan.blocks, out, *sizes.all, **sizes.options("read_kernel", q)
             )  # fmt: skip
         ctx.plan, ctx.call, ctx.want_state = plan, call, want_state
-        ctx.save_for_backward(q, k, v, eta, mu, w, m, norms, *(states if keep else ()))
+        kept = states if keep else ()
+        ctx.save_for_backward(q, k, v, eta, mean, share, w, m, norms, *kept)
         if want_state:
             return out, states[0][plan.final_slots], states[1][plan.final_slots]
         empty = q.new_empty(0, dtype=torch.float32)
@@ -41,20 +57,20 @@ class Scan(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor, grad_w_last: Tensor, grad_m_last: Tensor) -> Any:  # type: ignore[override]
-        q, k, v, eta, mu, w, m, norms, *states = ctx.saved_tensors
+        q, k, v, eta, mean, share, w, m, norms, *states = ctx.saved_tensors
         plan, call = ctx.plan, ctx.call
         if not states:
-            states = list(write_chunks(k, v, eta, mu, w, m, norms, plan, call))
-        grads = _Gradients(plan, call, states, (q, k, v, eta, mu, norms))
+            states = list(write_chunks(k, v, eta, mean, w, m, norms, plan, call))
+        grads = _Gradients(plan, call, states, (q, k, v, eta, mean, share))
         d_q = grads.reads(grad_out.contiguous())
         if ctx.want_state:
             grads.final(grad_w_last, grad_m_last)
-        d_mu, d_norms = grads.writes()
-        d_k, d_v, d_eta = grads.tokens()
+        d_mean, d_norms = grads.writes()
+        d_k, d_v, d_eta, d_mu = grads.tokens(d_mean)
         count = len(plan.initial_rows)
         return (
             d_q, d_k, d_v, d_eta, d_mu, grads.w[:count], grads.m[:count], d_norms,
-            None, None, None, None, None,
+            None, None, None, None,
         )  # fmt: skip
 
 
@@ -66,71 +82,74 @@ class _Gradients:
     ) -> None:
         self.plan, self.call, self.sizes = plan, call, call.sizes
         self.states = states
-        self.q, self.k, self.v, self.eta, self.mu, self.norms = inputs
+        self.q, self.k, self.v, self.eta, self.mean, self.share = inputs
         self.w = torch.empty_like(states[0])
         self.m = torch.zeros_like(states[0])
-        count = len(plan.chunks)
-        self.steps = states[0].new_empty(count, *states[0].shape[1:])
+        self.base = low_weights(states[0], states[2], plan, call, self.k, normalised=True)
+        # between steps and their use by tokens; float32 where clipping goes on with them
+        dtype = self.k.dtype if call.clip is None else torch.float32
+        self.steps = torch.empty_like(self.base, dtype=dtype)
 
     def reads(self, grad_out: Tensor) -> Tensor:
         """Part 1: dQ; `self.w` is set."""
         plan, sizes = self.plan, self.sizes
         d_q = torch.empty_like(self.q)
+        w, _, scale = self.states
+        low = low_weights(w, scale, plan, self.call, self.q, normalised=False)
         if len(plan.blocks):
             bwd.read_tokens_kernel[(len(plan.blocks), sizes.heads)](
-                self.q, self.states[0], plan.blocks, grad_out, d_q,
+                self.q, low, plan.blocks, grad_out, d_q,
                 *sizes.all, **sizes.options("read_tokens_kernel", self.q),
             )  # fmt: skip
         grid = (plan.num_slots * sizes.heads, sizes.hidden_blocks("read_weights_kernel"))
         bwd.read_weights_kernel[grid](
-            self.q, self.states[0], plan.blocks, plan.block_range, grad_out, self.w,
+            self.q, low, plan.blocks, plan.block_range, grad_out, self.w,
             *sizes.all, **sizes.options("read_weights_kernel", self.q),
         )  # fmt: skip
         return d_q
 
     def final(self, grad_w: Tensor, grad_m: Tensor) -> None:
-        """Adds the gradients of the states that were given back."""
-        # rows without a complete chunk may share a slot
-        self.w.index_add_(0, self.plan.final_slots, grad_w)
-        self.m.index_add_(0, self.plan.final_slots, grad_m)
+        """Adds the gradients of the states that were given back: each row has a slot of its own."""
+        self.w[self.plan.final_slots] += grad_w
+        self.m[self.plan.final_slots] += grad_m
 
     def writes(self) -> tuple[Tensor, Tensor]:
-        """Part 2: d mu [A, H] and d norms [H, 2 F + K]; `self.w`, `self.m` and `self.steps` are
-        complete after it."""
+        """Part 2: gradients of the means of mu [A, H] and of the norms [H, 2 F + K]; `self.w`,
+        `self.m` and `self.steps` are complete after it."""
         plan, call, sizes = self.plan, self.call, self.sizes
         w, m, scale = self.states
-        d_mu = torch.zeros(*self.mu.shape, 3, device=w.device)
-        d_norms = torch.zeros(len(plan.chunks), *self.norms.shape, device=w.device)
-        size = sizes.hidden * sizes.width
+        kernel = "steps_weights_kernel"
+        clips = call.clip is not None
+        parts = sizes.row_tiles if clips else sizes.hidden_blocks(kernel)
+        d_mean = w.new_empty(*self.mean.shape, parts)
+        d_norms = scale.new_empty(len(plan.chunks), *scale.shape[1:])
+        base = shares_buffer(plan, call, kernel, w)
+        momentum = (m, self.mean, plan.chunks, self.w, self.m, self.steps, d_mean)
         for begin, end in reversed(list(pairwise(plan.steps))):
-            chunks, active = plan.chunks[begin:end], end - begin
-            steps = self.steps[begin:end]
-            bwd.momentum_gradient_kernel[(active * sizes.heads, 3)](
-                m, self.mu[begin:end], chunks, self.w, self.m, steps, d_mu[begin:end],
-                sizes.heads, size, BLOCK=1024,
-            )  # fmt: skip
-            if call.clip is not None:
+            active = end - begin
+            if clips:
+                bwd.momentum_gradient_kernel[(active * sizes.heads, parts)](
+                    *momentum, begin, *sizes.all, WRITE=True, BF=ROWS, BK=padded(sizes.width)
+                )  # fmt: skip
                 self._through_clip(begin, end)
-            kernel = "steps_weights_kernel"
             splits, share = shares(active, call, kernel)
-            base = w.new_empty(splits, active, *w.shape[1:])
-            grid = (active * sizes.heads, sizes.hidden_blocks(kernel), splits)
-            bwd.steps_weights_kernel[grid](
-                self.k, self.v, self.eta, w, scale, chunks, steps, base,
-                call.chunk_size, share, *sizes.all, **sizes.options(kernel, self.k),
+            bwd.steps_weights_kernel[(active * sizes.heads, sizes.hidden_blocks(kernel), splits)](
+                self.k, self.v, self.eta, self.base, *momentum, base,
+                begin, call.chunk_size, share, *sizes.all, GIVEN=clips,
+                **sizes.options(kernel, self.k),
             )  # fmt: skip
             bwd.normalise_gradient_kernel[(active * sizes.heads, sizes.num_tiles)](
-                w, scale, self.norms, call.decay, chunks, base, self.w, d_norms[begin:end],
-                splits, *sizes.all, **tiles(sizes.width),
+                w, scale, call.decay, plan.chunks, base, self.w, d_norms,
+                begin, splits, *sizes.all, **tiles(sizes.width),
             )  # fmt: skip
-        return d_mu.sum(-1), d_norms.sum(0)
+        return d_mean.sum(-1), d_norms.sum(0)
 
     def _through_clip(self, begin: int, end: int) -> None:
         """dS of the step before clipping: S' = S min(1, clip / |S|)."""
         clip = self.call.clip
         assert clip is not None
         before, after = self.plan.chunks[begin:end, 0], self.plan.chunks[begin:end, 1]
-        mu = self.mu[begin:end, :, None, None, None]
+        mu = self.mean[begin:end, :, None, None, None]
         clipped = self.states[1][after] - mu * self.states[1][before]
         squares = clipped.pow(2).sum((-2, -1), keepdim=True)
         # where the step was clipped its norm is the bound; how long it was, the step itself tells
@@ -144,20 +163,25 @@ class _Gradients:
     def _raw_norms(self, begin: int, end: int) -> Tensor:
         """|S|_F before clipping, [active, H, 3, 1, 1]: the steps are made again."""
         w, _, scale = self.states
-        chunks = self.plan.chunks[begin:end]
-        steps, _ = steps_of(self.k, self.v, self.eta, w, scale, chunks, self.call)
-        return torch.linalg.vector_norm(steps.sum(0), dim=(-2, -1), keepdim=True)
+        steps = shares_buffer(self.plan, self.call, "steps_kernel", w)
+        splits = steps_of(
+            self.k, self.v, self.eta, w, scale, steps, self.plan, (begin, end), self.call
+        )
+        whole = in_shares(steps, splits, end - begin).sum(0)
+        return torch.linalg.vector_norm(whole, dim=(-2, -1), keepdim=True)
 
-    def tokens(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Part 3: dK, dV and d eta; zero for tokens of incomplete chunks."""
+    def tokens(self, d_mean: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Part 3: dK, dV, d eta and d mu; zero for tokens of incomplete chunks."""
         plan, call, sizes = self.plan, self.call, self.sizes
         d_k, d_v = torch.zeros_like(self.k), torch.zeros_like(self.v)
         d_eta = torch.zeros_like(self.eta)
+        d_mu = torch.zeros(self.eta.shape[:-1], device=self.eta.device)
         if len(plan.chunks):
             kernel = "steps_tokens_kernel"
             blocks = triton.cdiv(call.chunk_size, sizes.blocks(kernel).tokens)
             bwd.steps_tokens_kernel[(len(plan.chunks), blocks, sizes.heads)](
-                self.k, self.v, self.eta, self.states[0], self.states[2], plan.chunks, self.steps,
-                d_k, d_v, d_eta, call.chunk_size, *sizes.all, **sizes.options(kernel, self.k),
+                self.k, self.v, self.eta, self.share, d_mean, self.base, plan.chunks,
+                self.steps.to(self.k.dtype), d_k, d_v, d_eta, d_mu,
+                call.chunk_size, *sizes.all, **sizes.options(kernel, self.k),
             )  # fmt: skip
-        return d_k, d_v, d_eta
+        return d_k, d_v, d_eta, d_mu

@@ -32,17 +32,17 @@ class ScanPlan:
     num_slots: int
     initial_rows: Tensor
     """[I] the row whose initial state slot i < I holds; -1: the initial weights, for all fresh rows
-    without a complete chunk."""
+    without a complete chunk (where `own_slots` is False)."""
     final_slots: Tensor
     """[R] the state of each row after its last complete chunk."""
     stream: Tensor | None
     """[stream tokens] index into pending slots [R P], then new tokens; None: the new tokens."""
-    chunk_tokens: Tensor
-    """[A, C] the stream's tokens in each chunk."""
     rest: tuple[int, ...]
     """[R] tokens left over in each row."""
     rest_tokens: Tensor
     """[R, max rest] the stream's tokens left over; 0 where a row has fewer."""
+    rest_valid: Tensor
+    """bool [R, max rest]: where a row has some."""
 
 
 @lru_cache(maxsize=64)
@@ -52,7 +52,7 @@ def make_plan(
     pending_slots: int,
     chunk_size: int,
     block_tokens: int,
-    has_state: bool,
+    own_slots: bool,
     device: torch.device,
 ) -> ScanPlan:
     """The plan of R rows whose new tokens lie at `starts[r] … starts[r + 1]`.
@@ -63,7 +63,8 @@ def make_plan(
         pending_slots: P, room for pending tokens in the state.
         chunk_size: C.
         block_tokens: most tokens of a read block.
-        has_state: rows bring their own (W, M); else all start at the initial weights.
+        own_slots: every row has a slot of its own, because it brings its own (W, M) or because its
+            state is wanted; else rows without a complete chunk share one.
         device: of the tensors.
     """
     num_rows = len(pending)
@@ -72,7 +73,7 @@ def make_plan(
     held = np.asarray(pending, dtype=np.int64)
     total = new + held
     full, rest = np.divmod(total, chunk_size)
-    own = np.flatnonzero((full > 0) | has_state)
+    own = np.flatnonzero((full > 0) | own_slots)
     shared = len(own) < num_rows
     first_slot = np.full(num_rows, len(own), dtype=np.int64)  # of the shared initial weights
     first_slot[own] = np.arange(len(own))
@@ -142,7 +143,7 @@ def make_plan(
         initial_rows=tensor(initial_rows),
         final_slots=tensor(np.array([slot[-1] for slot in slots])),
         stream=None if stream is None else tensor(stream),
-        chunk_tokens=tensor(first_token[:, None] + np.arange(chunk_size)),
         rest=tuple(int(n) for n in rest),
         rest_tokens=tensor(leftover),
+        rest_valid=tensor(np.arange(leftover.shape[1]) < rest[:, None]).bool(),
     )

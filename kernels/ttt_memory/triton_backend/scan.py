@@ -17,7 +17,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from kernels.ttt_memory.reference import FastWeights, MemoryState, chunk_mu, row_norms
+from kernels.ttt_memory.reference import FastWeights, MemoryState, row_norms
 from kernels.ttt_memory.triton_backend import launch
 from kernels.ttt_memory.triton_backend.function import Scan
 from kernels.ttt_memory.triton_backend.launch import Call, Sizes
@@ -88,12 +88,15 @@ def memory_scan(
             "of the call that made it, and select the rows that go on"
         )
     device = q.device
-    rate = torch.zeros(heads, device=device) if decay is None else torch.as_tensor(decay)
+    if isinstance(decay, Tensor):
+        rate = decay.to(device=device, dtype=torch.float32).expand(heads).contiguous()
+    else:  # filled on the device: a copy would wait for it
+        rate = torch.full((heads,), decay or 0.0, device=device)
     call = Call(
         sizes=Sizes(heads, weights.gate.shape[-2], width),
         chunk_size=chunk_size,
         clip=clip,
-        decay=rate.to(device=device, dtype=torch.float32).expand(heads).contiguous(),
+        decay=rate,
     )
     cutter = _Cutter(call, FastWeights(*(w.float() for w in weights)))
     flat = tuple(x.reshape(batch * num_tokens, *x.shape[2:]) for x in (q, k, v, eta, mu))
@@ -185,7 +188,8 @@ class _Cutter:
         slots = 0 if state is None else state.pending_k.shape[1]
         plan = make_plan(
             tuple(starts), tuple(pending), slots, self.call.chunk_size,
-            self.call.sizes.blocks("read_kernel").tokens, state is not None, q.device,
+            self.call.sizes.blocks("read_kernel").tokens,
+            return_state or state is not None, q.device,
         )  # fmt: skip
         if plan.stream is not None:
             assert state is not None
@@ -194,24 +198,17 @@ class _Cutter:
                 for old, x in zip(state.pending(), (k, v, eta, mu), strict=True)
             ]
             k, v, eta, mu = streams
-        # [A, C, H, …] -> [A, H, C, …], the reference's order
-        taken = (x[plan.chunk_tokens].transpose(1, 2) for x in (mu, eta.detach()))
-        mean = (
-            chunk_mu(*taken).flatten(1) if len(plan.chunk_tokens) else mu.new_zeros(0, mu.shape[1])
-        )
         norms = torch.cat([n.flatten(1) for n in row_norms(self.weights)], 1)
         first = _stacked(self.weights)
         w, m = self._initial(first, state, plan)
         out, w_last, m_last = Scan.apply(
-            q.to(dtype), k.to(dtype), v.to(dtype), eta, mean, w, m, norms, self.call.decay,
+            q.to(dtype), k.to(dtype), v.to(dtype), eta, mu, w, m, norms,
             plan, self.call, keep, return_state,
         )  # fmt: skip
         out = out.to(q.dtype)
         if not return_state:
             return out, None
-        valid = torch.arange(plan.rest_tokens.shape[1]) < torch.tensor(plan.rest)[:, None]
-        valid = valid.to(q.device)
-        rests = []
+        valid, rests = plan.rest_valid, []
         for x in (k, v, eta, mu):
             rest = x[plan.rest_tokens] if x.shape[0] else x.new_zeros(*valid.shape, *x.shape[1:])
             shape = (*valid.shape, *[1] * (rest.dim() - 2))
