@@ -27,6 +27,8 @@ class Example:
     after the assistant's header. Not part of the prediction."""
     stop: tuple[str, ...] = ()
     """Texts that end the generation, where upstream stops at more than the end token."""
+    min_new_tokens: int = 0
+    """Tokens before which neither end token nor `stop` ends the generation."""
     length: int | None = None
     """The data's own measure of the context (words, characters or, for what is generated here,
     tokens); None where it has none."""
@@ -34,7 +36,7 @@ class Example:
     """Tokens from the evidence's end to the prompt's end; None where the evidence's place is not
     known."""
     depth: float | None = None
-    """Place of the evidence in the context, 0 (start) to 1 (end); None where not known."""
+    """Place of the evidence in the prompt, 0 (start) to 1 (end); None where not known."""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """What the scorer needs besides: classes, options, keywords."""
 
@@ -106,6 +108,8 @@ class SuiteTask:
     truncates: bool = True
     decimals: int | None = 2
     """Digits that upstream rounds the aggregate to; None does not round."""
+    mean_first: bool = False
+    """Whether upstream divides before it multiplies by 100 (the last digit can differ)."""
     max_examples: int = 0
     """How many of the first examples are used; 0 takes all."""
 
@@ -128,7 +132,10 @@ class SuiteTask:
         """
         if not scores:
             raise ValueError(f"{self.suite}/{self.name} has no scores to average; score an example")
-        value = 100 * sum(scores) / len(scores)
+        total = 0.0
+        for score in scores:  # `sum` rounds otherwise from Python 3.12 on
+            total += score
+        value = total / len(scores) * 100 if self.mean_first else 100 * total / len(scores)
         return value if self.decimals is None else round(value, self.decimals)
 
 
@@ -149,6 +156,17 @@ class Prompt:
     tokens: tuple[int, ...]
     num_cut: int
     """Tokens of the prompt that were cut out of its middle; 0 where it fitted."""
+
+
+def evidence_distance(example: Example, prompt: Prompt) -> int | None:
+    """Tokens from the evidence to the end of the prompt; from its depth where that is all we know.
+
+    A prompt that was cut keeps its end, so distances count in the whole prompt. None where the
+    evidence's place is not known.
+    """
+    if example.distance is not None or example.depth is None:
+        return example.distance
+    return round((1 - example.depth) * (len(prompt.tokens) + prompt.num_cut))
 
 
 def truncate_middle(tokens: Sequence[int], limit: int) -> tuple[Sequence[int], Sequence[int]]:

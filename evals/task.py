@@ -2,7 +2,8 @@
 
 A task is named `SUITE/NAME`: `longbench/hotpotqa`, `infinitebench/kv_retrieval`,
 `lveval/cmrc_mixup_16k`, `ruler/vt_4096`, `recall/multi_key_8192`. `SUITE/*` is the whole suite,
-`longbench/paper` the six sets of the paper's table, `lveval/*_128k` one length.
+`lveval/*_128k` one length; `longbench/paper`, `infinitebench/paper` and `lveval/paper` are the
+sets of the paper's tables.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from evals.example import (
     SuiteTask,
     Task,
     Tokenizer,
+    evidence_distance,
     prepare_prompt,
     truncate_middle,
 )
@@ -36,6 +38,7 @@ __all__ = [
     "Task",
     "Tokenizer",
     "build_tasks",
+    "evidence_distance",
     "prepare_prompt",
     "task_names",
     "truncate_middle",
@@ -63,10 +66,17 @@ class SuiteConfig:
     lveval_data: str = "infini-ai/LVEval"
     """LV-Eval: a name on the hub, or a folder with `NAME_16k.jsonl` (or `NAME/NAME_16k.jsonl`)."""
 
+    longbench_prompts: str = ""
+    """Folder of a copy of THUDM/LongBench (with `LongBench/config/dataset2prompt.json`); empty
+    takes the same prompts from lm-evaluation-harness."""
+
+    infinitebench_prompts: str = ""
+    """Folder of a copy of OpenBMB/InfiniteBench, for the prompts that upstream gives open models
+    (`yarn_mistral_templates`); empty takes those of GPT-4 from lm-evaluation-harness."""
+
     lveval_prompts: str = ""
-    """Folder of a copy of infinigence/LVEval, whose `config.py` has the prompts and whose
-    `metrics.py` has the words that its scores leave out; empty uses prompts of our own, and
-    refuses sets whose score needs the words."""
+    """Folder of a copy of infinigence/LVEval, whose `config.py` has the prompts; empty uses
+    prompts of our own."""
 
     ruler_data: str = ""
     """Folder with `squad.json` and `hotpotqa.json` (qa_1, qa_2), and `*.txt` or
