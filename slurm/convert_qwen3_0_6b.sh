@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Converts Qwen3-0.6B: all stages of the recipe that are not done yet, on one machine of 8 GPUs of 80 GB.
+#   sbatch slurm/convert_qwen3_0_6b.sh [overrides…]      e.g. stage=convert convert.steps=100
+#SBATCH --job-name=convert-qwen3-0.6b
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=8
+#SBATCH --mem=0
+#SBATCH --time=24:00:00
+#SBATCH --signal=B:USR1@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.out
+
+# sbatch runs a copy of this file: Slurm knows where it came from
+ALLMEM_HOME=${ALLMEM_HOME:-$(scontrol show job -o "${SLURM_JOB_ID:-none}" 2>/dev/null |
+    sed -n '1s|.* Command=\(.*\)/slurm/[^/]*\.sh.*|\1|p')}
+# shellcheck source=slurm/common.sh
+source "${ALLMEM_HOME:=$(dirname "$0")/..}/slurm/common.sh" || exit 2
+
+allmem_run stage=all recipe=qwen3_0_6b -- "$@"
