@@ -1,0 +1,148 @@
+"""Results of the kernel and model benchmarks: one JSON file that is whole at any moment.
+
+A row is `measured`, `refused` (its check failed: it has an error and no speed) or `not measured`
+(and why). The file is written anew after every row, so that a run which is cut off keeps what it
+has; the same command then goes on with what is missing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measure import Ceilings, Timing, Work
+
+Row = dict[str, Any]
+MEASURED, REFUSED, MISSING = "measured", "refused", "not measured"
+
+
+class Results:
+    """Rows by (group, name), and the file that holds them.
+
+    Args:
+        path: of the JSON file; an earlier one of the same machine and commit is gone on with.
+        machine: what is measured on.
+        fresh: leave out what an earlier run measured.
+    """
+
+    def __init__(self, path: Path, machine: dict[str, Any], *, fresh: bool = False) -> None:
+        self.path = path
+        self.head: dict[str, Any] = {"machine": machine, "ceilings": []}
+        self.rows: dict[tuple[str, str], Row] = {}
+        if path.is_file() and not fresh:
+            self._go_on(json.loads(path.read_text("utf-8")), machine)
+
+    def _go_on(self, old: dict[str, Any], machine: dict[str, Any]) -> None:
+        same = ("device", "processor", "torch", "commit")
+        other = [key for key in same if old["machine"].get(key) != machine.get(key)]
+        if other:
+            key = other[0]
+            raise ValueError(
+                f"{self.path} holds results of {key}={old['machine'].get(key)}, and this is "
+                f"{machine.get(key)}; give another --out, or --fresh to write over them"
+            )
+        self.head["ceilings"] = old["ceilings"]
+        for row in old["rows"]:
+            if row["status"] != MISSING:
+                self.rows[row["group"], row["name"]] = row
+
+    def has(self, group: str, name: str) -> bool:
+        """Whether an earlier run has measured or refused it."""
+        return (group, name) in self.rows and self.rows[group, name]["status"] != MISSING
+
+    def add(self, row: Row) -> None:
+        """Puts a row into the file, and on the screen."""
+        self.rows[row["group"], row["name"]] = row
+        print(line_of(row), flush=True)
+        self.write()
+
+    def write(self) -> None:
+        """The whole file, by way of a second one."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        whole = {**self.head, "rows": list(self.rows.values())}
+        half = self.path.with_suffix(".part")
+        half.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+        os.replace(half, self.path)
+
+    @property
+    def num_refused(self) -> int:
+        """Rows whose check failed."""
+        return sum(row["status"] == REFUSED for row in self.rows.values())
+
+
+def measured(
+    case: Row, name: str, timing: Timing, work: Work, ceilings: Ceilings, **more: Any
+) -> Row:
+    """A row with a speed, its floor and how far it is from it."""
+    floor, bound = work.floor(ceilings)
+    row = {**case, "name": name, "status": MEASURED, **asdict(timing)}
+    row |= {
+        "tokens_per_s": case["batch"] * case.get("new_tokens", case["tokens"]) / timing.seconds,
+        "flops": work.flops,
+        "bytes": work.bytes,
+        "floor_s": floor,
+        "floor_by": bound,
+        "times_floor": timing.seconds / floor,
+    }
+    return {**row, **more}
+
+
+def refused(case: Row, name: str, error: float, bound: float) -> Row:
+    """A row whose check failed."""
+    return {
+        **case,
+        "name": name,
+        "status": REFUSED,
+        "error": error if error < float("inf") else "not finite",
+        "error_bound": bound,
+        "why": f"its error {error:.2e} is above {bound:.0e}; no speed is reported",
+    }
+
+
+def missing(case: Row, name: str, why: str) -> Row:
+    """A row that was not measured."""
+    return {**case, "name": name, "status": MISSING, "why": why}
+
+
+def line_of(row: Row) -> str:
+    """One line for a person."""
+    head = f"{row['group']:46} {row['name']:26}"
+    if row["status"] != MEASURED:
+        return f"{head} {row['status']}: {row['why']}"
+    return (
+        f"{head} {row['seconds'] * 1e3:11.3f} ms {row['tokens_per_s']:14,.0f} tokens/s, "
+        f"{row['times_floor']:6.1f} × its floor ({row['floor_by']})"
+    )
+
+
+def load(path: Path) -> dict[str, Any]:
+    """A file of results; empty where there is none."""
+    if not path.is_file():
+        return {"machine": {}, "ceilings": [], "rows": []}
+    found: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    return found
+
+
+def find(rows: Iterable[Row], **wanted: Any) -> Row | None:
+    """The measured row with these fields, or None."""
+    for row in rows:
+        if row["status"] == MEASURED and all(row.get(k) == v for k, v in wanted.items()):
+            return row
+    return None
+
+
+def report_end(results: Results) -> int:
+    """Where the file is; the exit status, 1 where a check failed."""
+    counts = [sum(r["status"] == s for r in results.rows.values()) for s in (MEASURED, MISSING)]
+    print(
+        f"{counts[0]} measured, {results.num_refused} refused, {counts[1]} not measured: "
+        f"{results.path}"
+    )
+    if results.num_refused:
+        print("error: a check failed, see the rows that were refused", file=sys.stderr)
+    return 1 if results.num_refused else 0

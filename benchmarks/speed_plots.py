@@ -1,0 +1,134 @@
+"""Figures of the kernel and model benchmarks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+
+from benchmarks.rows import MEASURED, Row, load
+
+INK, GREY = "#222222", "#9a9a9a"
+COLOURS = {"full": "#666666", "swa": "#56b4e9", "mamba2": "#e69f00", "allmem": "#0072b2"}
+OURS, OTHERS, FLOOR = "#0072b2", "#b8cfe0", "#d55e00"
+
+
+def plot_kernels(path: Path) -> Path | None:
+    """A panel for every group of a kernels file: times of the versions, floors as marks."""
+    found = load(path)
+    groups: dict[str, list[Row]] = {}
+    for row in found["rows"]:
+        if row["status"] == MEASURED:
+            groups.setdefault(row["group"], []).append(row)
+    if not groups:
+        return None
+    columns = min(2, len(groups))
+    lines = -(-len(groups) // columns)
+    heights = [
+        max(len(rows) for rows in list(groups.values())[line * columns : (line + 1) * columns])
+        for line in range(lines)
+    ]
+    figure, axes = plt.subplots(
+        lines, columns, figsize=(6.2 * columns, sum(0.36 * h + 1.0 for h in heights)),
+        height_ratios=[h + 1.6 for h in heights], layout="constrained", squeeze=False,
+    )  # fmt: skip
+    for axis in axes.flat[len(groups) :]:
+        axis.set_visible(False)
+    for axis, (name, rows) in zip(axes.flat, groups.items(), strict=False):
+        _bars(axis, name, rows)
+    figure.suptitle(_title(found), fontsize=10, color="#555555")
+    return _save(figure, path)
+
+
+def _bars(axis: Axes, name: str, rows: list[Row]) -> None:
+    cpu = rows[0]["cpu_seconds"] is not None
+    times = [1e3 * (row["cpu_seconds"] if cpu else row["seconds"]) for row in rows]
+    ours = ("triton", "allmem: triton", "window", "flex")
+    colours = [OURS if row["name"].startswith(ours) else OTHERS for row in rows]
+    places = range(len(rows))
+    axis.barh(places, times, color=colours, height=0.7)
+    for place, (row, ms) in enumerate(zip(rows, times, strict=True)):
+        axis.plot([1e3 * row["floor_s"]] * 2, [place - 0.35, place + 0.35], color=FLOOR, lw=2)
+        axis.annotate(
+            f" {ms:.3g} ms", (ms, place), va="center", fontsize=8, color=INK,
+        )  # fmt: skip
+    axis.set_yticks(places, [row["name"] for row in rows], fontsize=8)
+    axis.invert_yaxis()
+    axis.set_xlim(0, 1.2 * max(times))
+    axis.set_xlabel("CPU ms" if cpu else "ms", fontsize=8)
+    axis.set_title(name.replace("/", ", "), loc="left", fontsize=9, color=INK)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.tick_params(axis="x", labelsize=8)
+
+
+def plot_models(path: Path) -> Path | None:
+    """Prefill and decode by length, and bytes of the cache; a row of panels for each shape."""
+    found = load(path)
+    rows = [row for row in found["rows"] if row["status"] == MEASURED]
+    shapes = list(dict.fromkeys(row["shape"] for row in rows if row["op"] in ("prefill", "decode")))
+    if not shapes:
+        return None
+    figure, axes = plt.subplots(
+        len(shapes), 3, figsize=(12, 3.4 * len(shapes)), layout="constrained", squeeze=False
+    )
+    for line, shape in zip(axes, shapes, strict=True):
+        own = [row for row in rows if row["shape"] == shape]
+        _curves(line[0], own, "prefill", "us_per_token", "prefill, µs a token")
+        _curves(line[1], own, "decode", "ms_per_token", "decode, ms a step")
+        _curves(line[2], own, "decode", "cache_mib", "cache of one sequence, MiB")
+        line[0].set_title(shape, loc="left", fontsize=10, color=INK)
+        line[2].set_yscale("log")
+    axes[0][0].legend(fontsize=8, frameon=False)
+    figure.suptitle(_title(found), fontsize=10, color="#555555")
+    return _save(figure, path)
+
+
+def _curves(axis: Axes, rows: list[Row], op: str, what: str, label: str) -> None:
+    for mixer, colour in COLOURS.items():
+        for batch, style in ((1, "o-"), (8, "s--")):
+            own = [r for r in rows if (r["op"], r["mixer"], r["batch"]) == (op, mixer, batch)]
+            if not own or (what == "cache_mib" and batch != 1):
+                continue
+            own.sort(key=lambda row: row["tokens"])
+            name = mixer if batch == 1 else f"{mixer}, batch {batch}"
+            axis.plot(
+                [row["tokens"] for row in own], [_value(row, what) for row in own], style,
+                color=colour, label=name, markersize=4, linewidth=1.4,
+            )  # fmt: skip
+    axis.set_xscale("log", base=2)
+    axis.set_ylim(bottom=0)
+    axis.set_xlabel("tokens", fontsize=8)
+    axis.set_ylabel(label, fontsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.tick_params(labelsize=8)
+
+
+def _value(row: Row, what: str) -> float:
+    seconds = row["cpu_seconds"] if row["cpu_seconds"] is not None else row["seconds"]
+    if what == "us_per_token":
+        return 1e6 * seconds / (row["tokens"] * row["batch"])
+    if what == "ms_per_token":
+        return 1e3 * seconds
+    return row["cache_bytes"] / row["batch"] / 2**20
+
+
+def _title(found: dict[str, Any]) -> str:
+    machine, ceilings = found["machine"], found["ceilings"][-1]
+    name = machine["device"] if machine["device"] != "cpu" else machine["processor"]
+    threads = "" if machine["device"] != "cpu" else f", {machine['threads']} thread(s)"
+    return (
+        f"{name}{threads}; {ceilings['flops'] / 1e12:.3g} TFLOP/s ({ceilings['dtype']} product), "
+        f"{ceilings['bandwidth'] / 1e9:.3g} GB/s (copy); orange: floor; commit {machine['commit']}"
+    )
+
+
+def _save(figure: Any, path: Path) -> Path:
+    out = path.with_suffix(".png")
+    figure.savefig(out, dpi=120)
+    plt.close(figure)
+    return out
