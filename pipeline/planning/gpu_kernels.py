@@ -101,7 +101,7 @@ def _stand_ins() -> dict[str, ModuleType]:
     triton, language = ModuleType("triton"), ModuleType("triton.language")
     language.constexpr = lambda value: value  # type: ignore[attr-defined]
     own: dict[str, Any] = {
-        "jit": lambda function: function,
+        "jit": lambda function=None, **_: function or (lambda decorated: decorated),
         "cdiv": lambda a, b: -(-a // b),
         "next_power_of_2": lambda n: 1 << max(n - 1, 0).bit_length(),
         "language": language,
