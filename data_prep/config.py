@@ -284,6 +284,11 @@ class SourceConfig:
         return self.filler if self.generated else self.kind
 
     @property
+    def needs_response(self) -> bool:
+        """Whether a conversation without a response is no record of this source."""
+        return True
+
+    @property
     def sample_kind(self) -> str:
         """`text`, `recall`, `repeat` or `chat`, as samples name it."""
         if self.kind in ("recall", "repeats"):

@@ -6,7 +6,6 @@ group's option or a value is one `ValueError` line that names the nearest right 
 
 from __future__ import annotations
 
-import difflib
 import json
 import types
 import typing
@@ -24,70 +23,16 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from allmem_megatron.config import BaseModelConfig
-from pipeline.schema import BRANCHES, STAGES, RunConfig
+from pipeline.entries import split_entry as split_entry
+from pipeline.lineage import check_rounds
+from pipeline.nearest import nearest as nearest
+from pipeline.schema import RunConfig
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 """Folder that holds `configs/`; relative paths are also looked up here."""
 
 CONFIG_DIR = PROJECT_ROOT / "configs"
 """The YAML files of Hydra."""
-
-
-ALIASES: dict[str, tuple[str, ...]] = {
-    "learning_rate": ("lr",),
-    "epochs": ("steps",),
-    "max_steps": ("steps",),
-    "iterations": ("steps",),
-    "batch": ("batch_size",),
-    "max_length": ("seq_length",),
-    "context_length": ("seq_length",),
-    "warmup": ("warmup_fraction",),
-    "warmup_steps": ("warmup_fraction",),
-    "warmup_ratio": ("warmup_fraction",),
-    "decay_steps": ("decay_fraction",),
-    "window": ("window_size", "window_range"),
-    "window_size": ("window_range",),
-    "chunk": ("chunk_size", "chunk_range"),
-    "chunk_size": ("chunk_range",),
-    "sinks": ("num_sinks", "sink_range"),
-    "num_sinks": ("sink_range",),
-    "heads": ("num_heads",),
-    "max_grad_norm": ("grad_clip",),
-    "save_steps": ("checkpoint_every",),
-    "gradient_checkpointing": ("recompute",),
-    "output_dir": ("dir",),
-}
-"""What settings are called elsewhere, and what they, or the nearest to them, are called here."""
-
-
-def nearest(word: str, known: Sequence[str]) -> str:
-    """`; did you mean X?` for a misspelt word, or the list of all where none is near."""
-    if found := _near(word, known):
-        return f"; did you mean {' or '.join(found)}?"
-    section = word.rpartition(".")[0] + "."
-    shown = [key for key in known if key.startswith(section)]
-    shown = shown or [key for key in known if "." not in key]
-    more = ", …" if len(shown) > 24 else ""
-    return f"; known: {', '.join(shown[:24])}{more}"
-
-
-def _near(word: str, known: Sequence[str]) -> list[str]:
-    """Known words that `word` may have been meant for; a key's section is taken as meant."""
-    section, dot, name = word.rpartition(".")
-    names = (name, *ALIASES.get(name, ()))
-    if found := [key for key in (section + dot + other for other in names) if key in known]:
-        return found[:1]
-    elsewhere = [key for key in known if key.endswith(tuple("." + other for other in names))]
-    if deeper := [key for key in elsewhere if dot and key.startswith(section + dot)]:
-        return deeper
-    inside = {key[len(section + dot) :]: key for key in known if key.startswith(section + dot)}
-    if inside:
-        close = difflib.get_close_matches(name, inside, n=1, cutoff=0.75)
-        return [inside[key] for key in close] or elsewhere[:6]
-    by_section = {key.rpartition(".")[0]: key for key in elsewhere}
-    close = difflib.get_close_matches(section, by_section, n=1, cutoff=0.7)
-    close = [by_section[key] for key in close]
-    return close or elsewhere[:6] or difflib.get_close_matches(word, known, n=1, cutoff=0.75)
 
 
 def groups() -> dict[str, list[str]]:
@@ -156,7 +101,7 @@ def _check_overrides(overrides: Sequence[str]) -> tuple[list[str], str]:
     """Refuse unknown keys and options; overrides that Hydra takes, and the recipe's name."""
     known_groups = groups()
     keys = sorted(set(schema_keys()))
-    prepared, recipe = [], None
+    prepared, recipe, entry = [], None, "all"
     for text in overrides:
         override = _parse(text, keys)
         key = override.key_or_group
@@ -165,9 +110,7 @@ def _check_overrides(overrides: Sequence[str]) -> tuple[list[str], str]:
             option = str(value)
             if key == "stage":
                 split_entry(option)
-                prepared.append(f"stage={option.partition('@')[0]}")
-                if "@" in option:
-                    prepared.append(f"++stage.name='{option}'")
+                entry = option
                 continue
             if option not in known_groups[key]:
                 raise ValueError(
@@ -185,7 +128,7 @@ def _check_overrides(overrides: Sequence[str]) -> tuple[list[str], str]:
         raise ValueError(
             f"recipe is not given; set recipe=NAME, one of {', '.join(known_groups['recipe'])}"
         )
-    return prepared, recipe
+    return [f"stage={split_entry(entry)[0]}", f"++stage.name='{entry}'", *prepared], recipe
 
 
 def _parse(text: str, keys: list[str]) -> Override:
@@ -208,25 +151,6 @@ def _known_key(key: str, keys: Sequence[str]) -> bool:
     return any(name.endswith(".*") and key.startswith(name[:-1]) for name in keys)
 
 
-def split_entry(entry: str) -> tuple[str, str | None]:
-    """`convert@mamba2` → (`convert`, `mamba2`); `convert` → (`convert`, None).
-
-    Raises:
-        ValueError: an unknown stage or branch.
-    """
-    name, _, branch = entry.partition("@")
-    known = (*STAGES, "all")
-    if name not in known:
-        raise ValueError(
-            f"stage={entry} is unknown{nearest(name, known)} (stages: {', '.join(known)})"
-        )
-    if "@" in entry and branch not in BRANCHES:
-        raise ValueError(
-            f"stage={entry} names the unknown branch {branch!r}{nearest(branch, BRANCHES)}"
-        )
-    return name, branch or None
-
-
 def _check_together(config: RunConfig) -> None:
     """Rules between sections."""
     if "plan" in config.stages:
@@ -240,6 +164,7 @@ def _check_together(config: RunConfig) -> None:
         )
     if config.model.scratch is not None:
         check_memory(config, config.model.scratch)
+    check_rounds(config)
 
 
 def check_memory(config: RunConfig, base: BaseModelConfig) -> None:

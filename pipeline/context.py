@@ -13,15 +13,17 @@ from pipeline.artifacts import Artifact, add_artifacts
 from pipeline.config import split_entry
 from pipeline.console import Reporter
 from pipeline.distributed import Ranks
+from pipeline.lineage import data_entry
 from pipeline.metrics_log import MetricsLog
+from pipeline.schema import section_of
 
 DONE_FILE = "DONE.json"
 """Mark of a finished stage, in its folder."""
 
 
 def folder_name(entry: str) -> str:
-    """Folder of a stage entry: `convert@mamba2` → `convert_mamba2`."""
-    return entry.replace("@", "_")
+    """Folder of a stage entry: `convert:on_policy@mamba2` → `convert_on_policy_mamba2`."""
+    return entry.replace("@", "_").replace(":", "_")
 
 
 def is_finished(run_dir: Path, entry: str) -> bool:
@@ -52,8 +54,13 @@ class StageContext:
 
     @property
     def name(self) -> str:
-        """The stage's name without the branch."""
+        """The stage's name without round and branch."""
         return split_entry(self.entry)[0]
+
+    @property
+    def section(self) -> str:
+        """The stage's section of settings: `on_policy` for `convert:on_policy`."""
+        return section_of(self.entry)
 
     @property
     def dir(self) -> Path:
@@ -67,8 +74,8 @@ class StageContext:
 
     @property
     def data_dir(self) -> Path:
-        """Shards that `prepare` made: `train/` and `eval/` under it."""
-        return self.run_dir / "prepare"
+        """Shards (`train/` and `eval/` under it) made by `prepare`, or `collect` for its round."""
+        return self.run_dir / folder_name(data_entry(self.entry))
 
     def say(self, line: str) -> None:
         """Print a line on rank 0."""

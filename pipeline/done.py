@@ -2,8 +2,9 @@
 
 A stage is made from the base model's files, from checkpoints of stages before it and, for
 `evaluate`, from the shards. Their SHA-256 stands in the mark. Where a file has changed since,
-`evaluate` and `export` are done again; a training stage is refused, because its weights are not
-thrown away without being asked. Files of the same size and date are not read again.
+`evaluate` and `export` are done again; a training stage and `collect` are refused, because weights
+and responses are not thrown away without being asked. Files of the same size and date are not read
+again.
 
 `prepare` is complete only while its shards are there, made by the tokenizer of today; asked for by
 name (`stage=prepare`), every shard is read and compared, and a damaged one is written again.
@@ -21,17 +22,21 @@ from data_prep.prepare import what_is_missing
 from data_prep.shards import MANIFEST_NAME, file_sha256
 from pipeline.atomic import remove, write_json
 from pipeline.checkpoint import latest_checkpoint, model_files, refuse_other_config
+from pipeline.collecting.responses import has_responses, shards_of_responses
 from pipeline.config import resolve_path
 from pipeline.context import DONE_FILE, StageContext, is_finished
 from pipeline.evaluation import find_weights
 from pipeline.fingerprint import digest
-from pipeline.lineage import lineage
+from pipeline.lineage import data_entry, lineage
 from pipeline.retention import chosen_checkpoint
 from pipeline.schema import TRAINING_STAGES, RunConfig
 from pipeline.tokenizer import check_tokenizer, open_tokenizer
 
+KEPT = (*TRAINING_STAGES, "collect")
+"""Stages whose results are not thrown away where they no longer fit."""
+
 INPUTS_FILE = "inputs.json"
-"""What an unfinished training stage is made from, in its folder."""
+"""What an unfinished training stage or `collect` is made from, in its folder."""
 
 Inputs = dict[str, dict[str, Any]]
 """`size`, `mtime_ns` and `sha256` of each file, by its name in run.dir or under `model.path`."""
@@ -51,29 +56,31 @@ def is_done(config: RunConfig, context: StageContext) -> bool:
         return False
     mark = json.loads(done.read_text(encoding="utf-8"))
     if mark.get("hash") != digest(dict(context.fingerprint)):
-        if context.name in TRAINING_STAGES:
+        if context.name in KEPT:
             refuse_other_config(context.dir, mark["config"], context.fingerprint)
         done.unlink()
         return False
-    if context.name == "prepare":
-        changed = _missing_shard(config, context)
-    else:
+    missing = _missing_shard(config, context) if context.name in ("prepare", "collect") else None
+    changed = None
+    if context.name != "prepare":
         changed = _difference(mark.get("inputs"), inputs_of(config, context), context)
+    if changed is not None and context.name in KEPT:
+        raise _stale(context, changed)
+    changed = changed or missing
     if changed is None:
         return True
-    if context.name in TRAINING_STAGES:
-        raise _stale(context, changed)
     context.say(f"{context.entry}: again, because {changed}")
     done.unlink()
     return False
 
 
 def _missing_shard(config: RunConfig, context: StageContext) -> str | None:
+    own = context.name == "prepare"
     return what_is_missing(
-        config.data,
-        context.data_dir,
+        config.data if own else shards_of_responses(config, context.dir),
+        context.dir,
         tokenizer=open_tokenizer(config),
-        verify=config.stage.name == "prepare",
+        verify=config.stage.name == context.entry,
     )
 
 
@@ -84,22 +91,29 @@ def start(config: RunConfig, context: StageContext) -> Inputs:
         ValueError: the stage has checkpoints that were trained from other weights, or the shards
             were made by another tokenizer than the run's.
     """
-    if context.name in (*TRAINING_STAGES, "export"):
+    if context.name in (*KEPT, "export"):
         check_tokenizer(config, context.data_dir)
     inputs = inputs_of(config, context)
     if context.name not in ("prepare", "evaluate"):
         for entry in lineage(config, branch=context.branch, before=context.entry):
             if not is_finished(context.run_dir, entry):
                 context.say(f"{context.entry}: starts from {entry}, which is not finished")
-    if context.name not in TRAINING_STAGES:
+    if context.name not in KEPT:
         return inputs
     path = context.dir / INPUTS_FILE
-    if path.is_file() and latest_checkpoint(context.dir / "checkpoints") is not None:
+    if path.is_file() and _has_begun(context):
         changed = _difference(json.loads(path.read_text(encoding="utf-8")), inputs, context)
         if changed is not None:
             raise _stale(context, changed)
     write_json(path, inputs)
     return inputs
+
+
+def _has_begun(context: StageContext) -> bool:
+    """Whether there is work of the stage on the disk."""
+    if context.name == "collect":
+        return has_responses(context.dir)
+    return latest_checkpoint(context.dir / "checkpoints") is not None
 
 
 def mark_done(context: StageContext, inputs: Inputs, *, seconds: float) -> None:
@@ -144,6 +158,8 @@ def _files(config: RunConfig, context: StageContext) -> dict[str, Path]:
     files = {str(file.relative_to(run_dir)): file for file in weights}
     if context.name == "evaluate":
         files[f"prepare/{MANIFEST_NAME}"] = context.data_dir / MANIFEST_NAME
+    if data_entry(context.entry) != "prepare":
+        files[f"{context.data_dir.name}/{MANIFEST_NAME}"] = context.data_dir / MANIFEST_NAME
     if config.model.path is not None:
         path = resolve_path(config.model.path)
         base = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
@@ -176,7 +192,8 @@ def _difference(before: Mapping[str, Any] | None, now: Inputs, context: StageCon
 
 
 def _stale(context: StageContext, changed: str) -> ValueError:
+    past, again = ("made", "make") if context.name == "collect" else ("trained", "train")
     return ValueError(
-        f"{context.dir} was trained from other weights ({changed} since); delete that folder to "
-        "train it again, or take another run.dir"
+        f"{context.dir} was {past} from other weights ({changed} since); delete that folder to "
+        f"{again} it again, or take another run.dir"
     )

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
+from pipeline.collecting.settings import FREE_KEYS
 from pipeline.config import flatten, split_entry, to_plain
-from pipeline.lineage import branch_of, lineage
-from pipeline.schema import TRAINING_STAGES, RunConfig
+from pipeline.lineage import branch_of, data_entry, lineage
+from pipeline.schema import TRAINING_STAGES, RunConfig, section_of
 
 _FREE = frozenset(
     (
@@ -58,20 +59,22 @@ def fingerprint(
     if name in TRAINING_STAGES and name != "pretrain":
         chosen["mixer"] = {key: chosen["mixer"][key] for key in ("branch", "memory")}
     chosen["optim"] = plain["optim"]
-    if name in TRAINING_STAGES:
-        upstream = lineage(config, branch=branch, before=entry)
-        sections = {split_entry(other)[0] for other in upstream} | {name}
+    if name in (*TRAINING_STAGES, "collect"):
+        entries = [*lineage(config, branch=branch, before=entry), entry]
         if name == "pretrain":
-            sections = {name}
+            entries = [entry]
     else:
-        sections = {split_entry(other)[0] for other in config.stages} & set(TRAINING_STAGES)
+        entries = [e for e in config.stages if split_entry(e)[0] in TRAINING_STAGES]
         chosen["stages"] = list(config.stages)
         if name == "evaluate":
             chosen["eval"] = plain["eval"]
             chosen["parallel"]["device"] = device.type
-    for section in sections:
+    for section in {section_of(other) for other in entries}:
         values = plain[section]
         chosen[section] = {key: value for key, value in values.items() if key not in _FREE}
+    if name == "collect" or any(data_entry(other) != "prepare" for other in entries):
+        values = plain["collect"]
+        chosen["collect"] = {key: value for key, value in values.items() if key not in FREE_KEYS}
     return flatten(chosen)
 
 

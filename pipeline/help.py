@@ -67,7 +67,8 @@ def help_text(section: str | None = None) -> str:
         "Usage: python -m pipeline.run stage=NAME recipe=NAME run.dir=DIR "
         "[group=option …] [key=value …]",
         "",
-        "Stages:   " + ", ".join((*STAGES, "all")) + "; convert@mamba2 for the baseline's branch",
+        "Stages:   " + ", ".join((*STAGES, "all")) + "; convert@mamba2 for the",
+        "          baseline's branch, convert:on_policy for its round on collected responses.",
         "          `all` runs the recipe's stages in order, skips finished ones, resumes the rest.",
         "Recipes:",
         *(f"  {name:<16} {option_summary('recipe', name)}" for name in known["recipe"]),

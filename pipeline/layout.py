@@ -8,7 +8,8 @@ from allmem_megatron.config import BaseModelConfig
 from pipeline.batches import split_over_ranks
 from pipeline.config import split_entry
 from pipeline.distributed import Ranks
-from pipeline.schema import TRAINING_STAGES, RunConfig
+from pipeline.lineage import data_entry, stored_length
+from pipeline.schema import TRAINING_STAGES, RunConfig, section_of
 
 
 def check_layout(config: RunConfig, base: BaseModelConfig, ranks: Ranks) -> None:
@@ -24,15 +25,16 @@ def check_layout(config: RunConfig, base: BaseModelConfig, ranks: Ranks) -> None
     """
     _check_tensor_parallel(config, base)
     parallel = config.parallel
-    for name in _training_stages(config):
-        settings = config.train_settings(name)
+    for entry in _training_stages(config):
+        name, settings = section_of(entry), config.train_settings(entry)
         phases = [settings.of_phase(number) for number in range(max(len(settings.phases), 1))]
         split_over_ranks(name, phases, ranks.dp_size)
         parts = parallel.cp * (parallel.tp if parallel.sp else 1)
         for phase in phases:
-            length = phase.seq_length or config.data.seq_length
+            length = phase.seq_length or stored_length(config, entry)
             if length % parts:
-                key = "data.seq_length" if phase.seq_length is None else f"{name}.seq_length"
+                shards = "data" if data_entry(entry) == "prepare" else "collect"
+                key = f"{shards if phase.seq_length is None else name}.seq_length"
                 by = "parallel.cp" + (" x parallel.tp (parallel.sp=true)" if parallel.sp else "")
                 raise ValueError(
                     f"{name} would train on {length} tokens a sequence, which do not split over "
@@ -47,7 +49,8 @@ def _check_tensor_parallel(config: RunConfig, base: BaseModelConfig) -> None:
         "the base model's num_kv_heads": base.num_kv_heads,
         "the base model's intermediate_size": base.intermediate_size,
     }
-    has_memory = bool({"align", "convert", "sft"} & set(_training_stages(config)))
+    names = {split_entry(entry)[0] for entry in _training_stages(config)}
+    has_memory = bool({"align", "convert", "sft"} & names)
     heads = config.mixer.memory.heads(base) if has_memory else 0
     if has_memory:
         sizes["mixer.memory.num_heads"] = heads
@@ -66,7 +69,7 @@ def _check_tensor_parallel(config: RunConfig, base: BaseModelConfig) -> None:
 
 
 def _training_stages(config: RunConfig) -> list[str]:
-    """Names of the training stages that this call runs."""
+    """Training entries that this call runs, one of each section."""
     wanted = config.stages if config.stage.name == "all" else (config.stage.name,)
-    names = dict.fromkeys(split_entry(entry)[0] for entry in wanted)
-    return [name for name in names if name in TRAINING_STAGES]
+    entries = [entry for entry in wanted if split_entry(entry)[0] in TRAINING_STAGES]
+    return list({section_of(entry): entry for entry in reversed(entries)}.values())[::-1]

@@ -20,9 +20,9 @@ from pipeline.checkpoint import load_checkpoint, refuse_other_config
 from pipeline.config import check_memory, resolve_path, split_entry
 from pipeline.fetch import SOURCES
 from pipeline.fingerprint import fingerprint
-from pipeline.lineage import lineage
+from pipeline.lineage import lineage, stored_length
 from pipeline.retention import chosen_checkpoint
-from pipeline.schema import TRAINING_STAGES, ParallelSettings, RunConfig
+from pipeline.schema import TRAINING_STAGES, ParallelSettings, RunConfig, section_of
 from pipeline.train_schema import TrainSettings
 
 
@@ -88,9 +88,9 @@ def check_base(config: RunConfig) -> None:
     base = base_config(config)
     check_memory(config, base)
     for entry in config.stages:
-        name, _ = split_entry(entry)
-        if name in TRAINING_STAGES:
-            check_length(name, config.train_settings(name), config.data.seq_length, base)
+        if split_entry(entry)[0] in TRAINING_STAGES:
+            settings = config.train_settings(entry)
+            check_length(section_of(entry), settings, stored_length(config, entry), base)
 
 
 def check_length(name: str, settings: TrainSettings, stored: int, base: BaseModelConfig) -> None:

@@ -11,10 +11,12 @@ from typing import Any, Literal
 from allmem_megatron.config import BaseModelConfig, MemoryConfig
 from data_prep.config import PrepareConfig
 from evals.config import EvalConfig
+from pipeline.collecting.settings import CollectSettings
 from pipeline.planning.settings import PlanSettings
 from pipeline.train_schema import (
     AlignSettings,
     ConvertSettings,
+    OnPolicySettings,
     PretrainSettings,
     SftSettings,
     TrainSettings,
@@ -27,6 +29,7 @@ STAGES: tuple[str, ...] = (
     "pretrain",
     "align",
     "convert",
+    "collect",
     "sft",
     "evaluate",
     "export",
@@ -37,6 +40,10 @@ part of a recipe."""
 
 TRAINING_STAGES: tuple[str, ...] = ("pretrain", "align", "convert", "sft")
 """Stages that make checkpoints."""
+
+ROUNDS: dict[str, tuple[str, ...]] = {"convert": ("on_policy",)}
+"""Further rounds of a stage, written `convert:on_policy`: the same stage with the settings of the
+section of that name, on the shards of the `collect` before it."""
 
 BRANCHES: tuple[str, ...] = ("allmem", "mamba2")
 """Recurrent branches that can stand beside the window."""
@@ -311,7 +318,8 @@ class RunConfig:
     """Name of the recipe that was composed."""
 
     stages: tuple[str, ...]
-    """Stages of the recipe in order; `convert@mamba2` is the stage with another branch."""
+    """Stages of the recipe in order; `convert@mamba2` is the stage with another branch,
+    `convert:on_policy` its second round, on what `collect` collected."""
 
     stage: StageChoice = field(default_factory=StageChoice)
     """Which stage this call runs."""
@@ -352,11 +360,23 @@ class RunConfig:
     convert: ConvertSettings = field(default_factory=ConvertSettings)
     """Settings of the stage `convert`."""
 
+    collect: CollectSettings = field(default_factory=CollectSettings)
+    """Settings of the stage `collect`."""
+
+    on_policy: OnPolicySettings = field(default_factory=OnPolicySettings)
+    """Settings of the stage `convert:on_policy`."""
+
     sft: SftSettings = field(default_factory=SftSettings)
     """Settings of the stage `sft`."""
 
-    def train_settings(self, stage: str) -> TrainSettings:
-        """The section of a training stage, `convert` for example."""
-        settings: Any = getattr(self, stage)
-        assert isinstance(settings, TrainSettings), stage
+    def train_settings(self, entry: str) -> TrainSettings:
+        """The section of a training stage, `convert` or `convert:on_policy` for example."""
+        settings: Any = getattr(self, section_of(entry))
+        assert isinstance(settings, TrainSettings), entry
         return settings
+
+
+def section_of(entry: str) -> str:
+    """The section of settings of a stage entry: `on_policy` for `convert:on_policy@mamba2`."""
+    stage, _, further = entry.partition("@")[0].partition(":")
+    return further or stage

@@ -70,11 +70,11 @@ class _Trainer:
         self.model = plan.objective.model
         settings = plan.settings
         self.phases = [settings.of_phase(i) for i in range(max(len(settings.phases), 1))]
-        self.splits = split_over_ranks(context.name, self.phases, context.ranks.dp_size)
+        self.splits = split_over_ranks(context.section, self.phases, context.ranks.dp_size)
         self._enter_phase(settings.phase_at(0))
         self.trains_base = any(".memory." not in name for name in plan.trained)
         stored = self.loader.manifest.seq_length
-        check_length(context.name, settings, stored, self.model.base_config)
+        check_length(context.section, settings, stored, self.model.base_config)
         self.engine = Engine(
             plan.objective,
             plan.trained,
@@ -125,7 +125,7 @@ class _Trainer:
         """The setting that a phase's weights come from."""
         phases = self.settings.phases
         own = bool(phases) and phases[number].weights is not None
-        return f"{self.context.name}.{f'phases[{number}].' if own else ''}weights"
+        return f"{self.context.section}.{f'phases[{number}].' if own else ''}weights"
 
     def run(self) -> None:
         self._resume()
@@ -279,7 +279,7 @@ class _Trainer:
             batch,
             self.splits[self.phase].micro_batch_size,
             self.phases[self.phase].seq_length,
-            self.context.name,
+            self.context.section,
         )
         ranks = self.context.ranks
         return [part.shard(ranks.cp_rank, ranks.cp).to(self.context.device) for part in split]

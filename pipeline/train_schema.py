@@ -283,13 +283,19 @@ class ConvertSettings(RandomMixerSettings):
             ValueError: a weight is negative, or both are zero.
         """
         super().__post_init__()
+        section = SECTION_OF[type(self)]
         weights = {"kl_weight": self.kl_weight, "ce_weight": self.ce_weight}
-        at_least("convert", weights, 0)
+        at_least(section, weights, 0)
         if not any(weights.values()):
             raise ValueError(
-                "convert.kl_weight and convert.ce_weight are both 0, so nothing would be learned; "
-                "set convert.kl_weight=1"
+                f"{section}.kl_weight and {section}.ce_weight are both 0, so nothing would be "
+                f"learned; set {section}.kl_weight=1"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnPolicySettings(ConvertSettings):
+    """The second round of distillation, `convert:on_policy`: on the student's own responses."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -306,6 +312,7 @@ SECTION_OF: dict[type, str] = {
     PretrainSettings: "pretrain",
     AlignSettings: "align",
     ConvertSettings: "convert",
+    OnPolicySettings: "on_policy",
     SftSettings: "sft",
 }
 """Name of the section that each class describes, for messages."""

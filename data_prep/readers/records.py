@@ -44,6 +44,7 @@ class RecordReader:
         self._fields = {**_DEFAULT_FIELDS, "text": (config.text_field,), "id": (config.id_field,)}
         self._fields |= {name: (where,) for name, where in config.fields.items()}
         self._roles = {**_KNOWN_ROLES, **config.roles}
+        self._needs_response = config.needs_response
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -106,12 +107,13 @@ class RecordReader:
                 messages.append({"role": "assistant", "content": _answer(answer)})
         if not messages:
             raise RecordError("messages missing or empty")
-        if not any(message["role"] == "assistant" for message in messages):
+        roles = [message["role"] for message in messages]
+        if self._needs_response and "assistant" not in roles:
             raise RecordError("no assistant message")
         document = self._get(record, "document")
         if document in (_MISSING, None, ""):
             return "", tuple(messages)
-        if not any(message["role"] == "user" for message in messages):
+        if "user" not in roles:
             raise RecordError("a document part without a user message")
         return _text(document, "document part is no text"), tuple(messages)
 

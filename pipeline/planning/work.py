@@ -11,7 +11,7 @@ from statistics import mean
 from allmem_megatron.config import BaseModelConfig, MemoryConfig, MixerSettings
 from pipeline.config import split_entry
 from pipeline.flops import layer_flops, step_flops
-from pipeline.lineage import branch_of
+from pipeline.lineage import branch_of, stored_length
 from pipeline.schedule import draw_mixer
 from pipeline.schema import TRAINING_STAGES, RunConfig
 from pipeline.train_schema import RandomMixerSettings, TrainSettings
@@ -106,7 +106,7 @@ def find_work(config: RunConfig, base: BaseModelConfig) -> list[Work]:
         name, _ = split_entry(entry)
         if name not in TRAINING_STAGES:
             continue
-        settings = config.train_settings(name)
+        settings = config.train_settings(entry)
         trains = {"pretrain": "base", "sft": config.sft.train}.get(name, "memory")
         found.append(
             Work(
@@ -117,7 +117,7 @@ def find_work(config: RunConfig, base: BaseModelConfig) -> list[Work]:
                 base=base,
                 memory=config.mixer.memory,
                 settings=settings,
-                phases=tuple(_phases(config, name, settings, branch_of(config, entry))),
+                phases=tuple(_phases(config, entry, settings)),
                 loss_fraction=fraction,
             )
         )
@@ -141,9 +141,8 @@ def _prepared_fraction(run_dir: Path) -> float | None:
     return sum(record["num_loss_tokens"] for record in records) / tokens if tokens else None
 
 
-def _phases(
-    config: RunConfig, name: str, settings: TrainSettings, branch: str
-) -> Iterator[PhaseWork]:
+def _phases(config: RunConfig, entry: str, settings: TrainSettings) -> Iterator[PhaseWork]:
+    name, branch = split_entry(entry)[0], branch_of(config, entry)
     mode = {"pretrain": "full", "align": "align"}.get(name, branch)
     starts = [
         next(s for s in range(settings.steps) if settings.phase_at(s) == number)
@@ -152,7 +151,7 @@ def _phases(
     for number, start in enumerate(starts):
         end = starts[number + 1] if number + 1 < len(starts) else settings.steps
         own = settings.of_phase(number)
-        length = own.seq_length or config.data.seq_length
+        length = own.seq_length or stored_length(config, entry)
         if isinstance(settings, RandomMixerSettings) and isinstance(own, RandomMixerSettings):
             stride = max((end - start) // DRAWS, 1)
             mixers = tuple(

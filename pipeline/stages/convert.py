@@ -1,7 +1,8 @@
 """`stage=convert`: the frozen base teaches window + memory its own full-attention distribution.
 
 AllMem (arXiv 2602.13680), conversion recipe: only the memory branch is trained, by the forward
-KL(teacher || student) at the loss tokens; s, W and c are drawn anew in each step.
+KL(teacher || student) at the loss tokens; s, W and c are drawn anew in each step. The second round,
+`convert:on_policy`, does the same on the student's own responses, which `collect` made.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ from pipeline.objectives import Distill
 from pipeline.schedule import draw_mixer
 from pipeline.schema import RunConfig
 from pipeline.train_loop import Plan, train
+from pipeline.train_schema import ConvertSettings
 
 
 def run(config: RunConfig, context: StageContext) -> None:
     """Distil the base model into the entry's branch."""
-    settings = config.convert
+    settings = config.train_settings(context.entry)
+    assert isinstance(settings, ConvertSettings)
     model = load_model(
         config,
         context.run_dir,

@@ -69,7 +69,7 @@ MISTAKES = {
     "convrt.learning_rate=1": ("is not a setting", "did you mean convert.lr?"),
     "mixer.memory_size=64": ("is not a setting", "did you mean mixer.memory.memory_size?"),
     "convert.colour=red": ("is not a setting; known: convert.", "convert.kl_weight"),
-    "colour=red": ("colour is not a setting; known: align, convert, data",),
+    "colour=red": ("colour is not a setting; known: align, collect, convert",),
     "mixr=allmem": ("mixr is not a setting", "did you mean mixer?"),
     "convert.steps=abc": ("convert.steps='abc'", "must be a whole number"),
     "convert.steps=2.5": ("convert.steps=2.5", "must be a whole number"),

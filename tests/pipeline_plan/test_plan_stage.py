@@ -47,7 +47,9 @@ def test_every_training_stage_is_planned_in_one_call(planned: tuple[Done, Path])
     assert done.returncode == 0, done.stderr
     found = json.loads((run_dir / "plan" / "plan.json").read_text(encoding="utf-8"))
     entries = [stage["entry"] for stage in found["stages"]]
-    assert entries == ["pretrain", "align", "convert", "convert@mamba2", "sft"]
+    assert entries == [
+        *("pretrain", "align", "convert", "convert@mamba2", "convert:on_policy", "sft"),
+    ]
     for stage in found["stages"]:
         assert stage["refused"] is None
         assert stage["memory"]["fits"]
