@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 
 from evals.normalise import chinese_words, cut_chinese, english_words, token_f1
-from evals.rouge_l import rouge_l
+from evals.rouge_l import CHINESE_ROOM, rouge_l
 
 _NUMBER = re.compile(r"\d+")
 
@@ -24,7 +24,9 @@ def chinese_f1(prediction: str, answer: str) -> float:
 
 def chinese_rouge_l(prediction: str, answer: str) -> float:
     """ROUGE-L of words as jieba cuts them."""
-    return rouge_l(" ".join(cut_chinese(prediction)), " ".join(cut_chinese(answer)))
+    return rouge_l(
+        " ".join(cut_chinese(prediction)), " ".join(cut_chinese(answer)), room=CHINESE_ROOM
+    )
 
 
 def share_of_numbers(prediction: str, number: str) -> float:

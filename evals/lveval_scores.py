@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from evals.longbench_scores import chinese_f1, english_f1
 from evals.lveval_words import is_left_out
 from evals.normalise import chinese_text, chinese_words, cut_chinese, english_words
-from evals.rouge_l import rouge_l
+from evals.rouge_l import CHINESE_ROOM, rouge_l
 
 ENGLISH_RECALL = 0.2
 """Recall of keywords below which an English answer scores 0."""
@@ -63,7 +63,7 @@ def _keyword_recall(
 
 def chinese_filtered_rouge_l(prediction: str, answer: str) -> float:
     """ROUGE-L of jieba's words, cut twice as upstream does, without the left-out ones."""
-    return rouge_l(_filtered(prediction), _filtered(answer))
+    return rouge_l(_filtered(prediction), _filtered(answer), room=CHINESE_ROOM)
 
 
 def _filtered(text: str) -> str:
