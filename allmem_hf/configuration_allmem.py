@@ -34,6 +34,8 @@ class AllMemConfig(PreTrainedConfig):
         chunk_size: memory chunk length c, in tokens; at most `window_size`.
         window_size: attention window W, in tokens, the query's own included.
         num_sinks: first tokens s of each sequence that every later token sees.
+        full_attention: attend to all tokens, as the base model does; window and sinks are not used,
+            and the cache grows with the text.
         memory_off: control: leave the branch out, as with alpha = 0.
         write_off: control: write nothing, so that every read sees the initial state.
 
@@ -78,6 +80,7 @@ class AllMemConfig(PreTrainedConfig):
     chunk_size: int = 2048
     window_size: int = 4096
     num_sinks: int = 128
+    full_attention: bool = False
     memory_off: bool = False
     write_off: bool = False
 
@@ -107,6 +110,11 @@ class AllMemConfig(PreTrainedConfig):
     def memory_head_dim(self) -> int:
         """Width of one memory head, d_h."""
         return self.memory_size // self.memory_heads
+
+    @property
+    def attention_window(self) -> int | None:
+        """The window W, or None where attention is full."""
+        return None if self.full_attention else self.window_size
 
     def _check_base(self) -> None:
         if self.family not in FAMILIES:

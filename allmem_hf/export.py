@@ -44,7 +44,7 @@ _AUTO_MAP = {
     "AutoModel": "modeling_allmem.AllMemModel",
     "AutoModelForCausalLM": "modeling_allmem.AllMemForCausalLM",
 }
-_BRANCH_OF_MODE = {"allmem": "allmem", "mamba2": "mamba2", "swa": "none"}
+_BRANCH_OF_MODE = {"allmem": "allmem", "mamba2": "mamba2", "swa": "none", "full": "none"}
 _BASE_KEYS = (
     "vocab_size",
     "hidden_size",
@@ -165,7 +165,8 @@ def build_config(base_config: Mapping[str, Any], memory_config: Any, mixer: Any)
     mode = settings.get("mode", "allmem")
     if mode not in _BRANCH_OF_MODE:
         raise ValueError(
-            f"mixer mode={mode!r} cannot be exported; choose one of {', '.join(_BRANCH_OF_MODE)}"
+            f"mixer mode={mode!r} is not one that generates; choose one of "
+            f"{', '.join(_BRANCH_OF_MODE)}"
         )
     complete = AutoConfig.for_model(**base)  # with the family's defaults, and one layout of RoPE
     fields = {key: getattr(complete, key, None) for key in _BASE_KEYS}
@@ -178,6 +179,7 @@ def build_config(base_config: Mapping[str, Any], memory_config: Any, mixer: Any)
         qk_norm=family == "qwen3",
         qkv_bias=family == "qwen2",
         branch=_BRANCH_OF_MODE[mode],
+        full_attention=mode == "full",
         **fields,
     )
 

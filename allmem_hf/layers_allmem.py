@@ -8,8 +8,6 @@ Equation numbers are those of AllMem (arXiv 2602.13680) as the project's documen
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -19,7 +17,12 @@ from allmem_hf.cache_allmem import AllMemLayerCache
 from allmem_hf.configuration_allmem import AllMemConfig
 from allmem_hf.layout_allmem import RowLayout
 from kernels.ssd.reference import ssd_scan
-from kernels.swa.reference import attention_with_positions, sliding_window_attention
+from kernels.swa.reference import (
+    attention_with_positions,
+    causal_attention,
+    continued_attention,
+    sliding_window_attention,
+)
 from kernels.ttt_memory.branch import (
     causal_conv,
     eta_from,
@@ -27,7 +30,8 @@ from kernels.ttt_memory.branch import (
     memory_qk,
     mu_from,
 )
-from kernels.ttt_memory.reference import FastWeights, MemoryState, memory_scan
+from kernels.ttt_memory.reference import FastWeights, memory_scan
+from kernels.ttt_memory.reference import read as read_memory
 
 _OTHER_CACHE = "the cache holds a {} of another branch; use a cache only with its own model"
 _MAX_SCORES = 2**24  # attention scores held at once when many tokens go on from a cache
@@ -129,39 +133,88 @@ class AllMemAttention(nn.Module):
         k = rotate(self.k_norm(self.k_proj(x).view(heads)), *cos_sin)
         v = self.v_proj(x).view(heads)
         if cache is None or seen == 0:
-            out = sliding_window_attention(
-                q,
-                k,
-                v,
-                window_size=self.config.window_size,
-                num_sinks=self.config.num_sinks,
-                cu_seqlens=layout.cu_seqlens,
-            )
-            if cache is not None:
-                cache.write(k, v, layout, layout.batch_shape[1])
+            out = self._fresh(q, k, v, layout)
+        elif layout.is_step:
+            cache.write(k, v, layout)  # the slot that it overwrites has just left the window
+            out = self._step(q, layout, cache)
+        elif layout.is_uniform:
+            out = self._continued(q, k, v, layout.host_past[0], cache)
         else:
-            out = self._with_cache(q, k, v, layout, cache, seen)
+            out = self._ragged(q, k, v, layout, cache)
+        if cache is not None and (seen == 0 or not layout.is_step):
+            cache.write(k, v, layout)
         return self.o_proj(out.flatten(2))
 
-    def _with_cache(
-        self, q: Tensor, k: Tensor, v: Tensor, layout: RowLayout, cache: AllMemLayerCache, seen: int
+    def _fresh(self, q: Tensor, k: Tensor, v: Tensor, layout: RowLayout) -> Tensor:
+        """Rows from their first token on."""
+        window = self.config.attention_window
+        if window is None:
+            return causal_attention(q, k, v, cu_seqlens=layout.cu_seqlens)
+        return sliding_window_attention(
+            q,
+            k,
+            v,
+            window_size=window,
+            num_sinks=self.config.num_sinks,
+            cu_seqlens=layout.cu_seqlens,
+        )
+
+    def _step(self, q: Tensor, layout: RowLayout, cache: AllMemLayerCache) -> Tensor:
+        """One query a row, `[R, 1, n_q, h]`: it sees every slot that is filled.
+
+        The query heads of a group go as queries of their key-value head, so that keys and values
+        are read once and never repeated.
+        """
+        keys, values = (cache.tensors[name] for name in ("keys", "values"))
+        num_slots = min(keys.shape[1], max(layout.host_lengths))
+        mask = None
+        if min(layout.host_lengths) < num_slots:
+            slot = torch.arange(num_slots, device=q.device)
+            mask = (slot < layout.lengths[:, None])[:, None, None]  # [R, 1, 1, slots]
+        grouped = q[:, 0].unflatten(1, (keys.shape[2], -1))  # [R, n_kv, n_q / n_kv, h]
+        out = F.scaled_dot_product_attention(
+            grouped,
+            keys[:, :num_slots].transpose(1, 2),
+            values[:, :num_slots].transpose(1, 2),
+            attn_mask=mask,
+        )
+        return out.flatten(1, 2)[:, None]
+
+    def _continued(
+        self, q: Tensor, k: Tensor, v: Tensor, position: int, cache: AllMemLayerCache
     ) -> Tensor:
-        """Attention of new tokens to cached and new keys; shapes `[B, T, heads, h]`."""
-        longest = seen + layout.batch_shape[1]
+        """Several tokens of rows that all begin at `position`; `[B, T, heads, h]`."""
+        window, device = self.config.attention_window, q.device
+        reach = position if window is None else min(position, window - 1)
+        near = cache.slots_of(torch.arange(position - reach, position, device=device))
+        sinks = 0 if window is None else min(self.config.num_sinks, position - reach)
+        held_k, held_v = cache.tensors["keys"], cache.tensors["values"]
+        return continued_attention(
+            q,
+            torch.cat([held_k.index_select(1, near), k], 1),
+            torch.cat([held_v.index_select(1, near), v], 1),
+            position=position,
+            window_size=window,
+            num_sinks=self.config.num_sinks,
+            sinks=(held_k[:, :sinks], held_v[:, :sinks]) if sinks else None,
+        )
+
+    def _ragged(
+        self, q: Tensor, k: Tensor, v: Tensor, layout: RowLayout, cache: AllMemLayerCache
+    ) -> Tensor:
+        """New tokens of rows at different positions, or with padding; shapes `[B, T, heads, h]`."""
         q_rows, q_positions = layout.to_rows(q), layout.to_rows(layout.positions)
-        if layout.max_new == 1:  # the slot that it overwrites has just left the window
-            cache.write(k, v, layout, longest)
-            return layout.from_rows(self._attend(q_rows, q_positions, cache.window(longest)))
         new_positions = layout.to_rows(layout.positions, fill=-1)
         new = (layout.to_rows(k), layout.to_rows(v), new_positions)
-        out = self._blocks(q_rows, q_positions, cache.window(seen), new)
-        cache.write(k, v, layout, longest)
-        return layout.from_rows(out)
+        old = (cache.tensors["keys"], cache.tensors["values"], cache.positions(layout.past))
+        return layout.from_rows(self._blocks(q_rows, q_positions, old, new))
 
     def _blocks(self, q: Tensor, q_positions: Tensor, old: _Keys, new: _Keys) -> Tensor:
         """Many queries `[R, T, n_q, h]`, in blocks that each get the keys in reach: linear in T."""
-        window, sinks = self.config.window_size, self.config.num_sinks
-        reach = old[2].shape[1] + sinks + window
+        window, sinks = self.config.attention_window, self.config.num_sinks
+        if window is None:
+            window = q.shape[1] + max(old[2].shape[1], 1)  # reaches everything
+        reach = old[2].shape[1] + min(sinks + window, q.shape[1])
         block = min(max(window, _LEAST_BLOCK), _MAX_SCORES // (q.shape[0] * q.shape[2] * reach) + 1)
         out = []
         for start in range(0, q.shape[1], block):
@@ -171,21 +224,18 @@ class AllMemAttention(nn.Module):
             keys, values, positions = (
                 torch.cat([x, y[:, : min(sinks, low)], y[:, low:end]], 1) for x, y in pieces
             )
-            reached = (keys, values, positions)
-            out.append(self._attend(q[:, start:end], q_positions[:, start:end], reached))
+            out.append(
+                attention_with_positions(
+                    q[:, start:end],
+                    keys,
+                    values,
+                    q_positions=q_positions[:, start:end],
+                    k_positions=positions,
+                    window_size=self.config.attention_window,
+                    num_sinks=sinks,
+                )
+            )
         return torch.cat(out, dim=1)
-
-    def _attend(self, q: Tensor, q_positions: Tensor, keys: _Keys) -> Tensor:
-        """`[R, T, n_q, h]` queries on keys, values and their positions."""
-        return attention_with_positions(
-            q,
-            keys[0],
-            keys[1],
-            q_positions=q_positions,
-            k_positions=keys[2],
-            window_size=self.config.window_size,
-            num_sinks=self.config.num_sinks,
-        )
 
 
 class AllMemBranch(nn.Module):
@@ -218,29 +268,49 @@ class AllMemBranch(nn.Module):
 
         Reads and moves on the convolution tails and the state in `cache`, where one is given.
         """
-        tails = cache.tails if cache is not None and cache.tails else (None, None, None)
-        q, q_tail = self._convolved(x, self.q_proj, self.q_conv, tails[0], layout)
-        k, k_tail = self._convolved(x, self.k_proj, self.k_conv, tails[1], layout)
-        v, v_tail = self._convolved(x, self.v_proj, self.v_conv, tails[2], layout)
-        read, state = self.scan(x, q, k, v, layout, None if cache is None else cache.state)
-        if cache is not None:
-            cache.tails = (q_tail.detach(), k_tail.detach(), v_tail.detach())
-            cache.state = None if state is None else state.detach()
+        q, k, v = (
+            self._convolved(x, proj, conv, f"tail_{name}", layout, cache)
+            for name, proj, conv in (
+                ("q", self.q_proj, self.q_conv),
+                ("k", self.k_proj, self.k_conv),
+                ("v", self.v_proj, self.v_conv),
+            )
+        )
+        read = self.scan(x, q, k, v, layout, cache)
         mixed = memory_output(read, self.o_norm.weight, self.gate_proj(x), self.o_norm.eps)
         return self.alpha * self.o_proj(mixed)  # equations (12) and (1)
 
     def _convolved(
-        self, x: Tensor, proj: nn.Linear, conv: AllMemConv, tail: Tensor | None, layout: RowLayout
-    ) -> tuple[Tensor, Tensor]:
-        """Equation (2): `[B, T, n, width]` and the new tail `[R, conv_kernel - 1, n width]`."""
+        self,
+        x: Tensor,
+        proj: nn.Linear,
+        conv: AllMemConv,
+        name: str,
+        layout: RowLayout,
+        cache: AllMemLayerCache | None,
+    ) -> Tensor:
+        """Equation (2): `[B, T, n, width]`; keeps the new tail `[R, conv_kernel - 1, n width]`."""
+        tail = None if cache is None else cache.tensors.get(name)
         out, tail = causal_conv(proj(x), conv.weight, tail=tail, cu_seqlens=layout.cu_seqlens)
-        return out.unflatten(-1, (self.num_heads, -1)), tail
+        if cache is not None:
+            cache.keep(name, tail)
+        return out.unflatten(-1, (self.num_heads, -1))
 
     def scan(
-        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, layout: RowLayout, state: Any
-    ) -> tuple[Tensor, Any]:
-        """What the branch reads, `[B, T, n, d_h]`, and its state after the last token."""
+        self,
+        x: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        layout: RowLayout,
+        cache: AllMemLayerCache | None,
+    ) -> Tensor:
+        """What the branch reads, `[B, T, n, d_h]`; moves its state in `cache` on."""
         raise NotImplementedError(f"{type(self).__name__} must define scan")
+
+    def finish_chunk(self, cache: AllMemLayerCache, rows: list[int]) -> None:
+        """Writes the complete chunks of `rows` after a decode step; nothing where none are kept."""
+        del cache, rows
 
 
 class AllMemMemory(AllMemBranch):
@@ -259,30 +329,89 @@ class AllMemMemory(AllMemBranch):
         self.fast_down = nn.Parameter(torch.empty(n, head, hidden))
 
     def scan(
-        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, layout: RowLayout, state: Any
-    ) -> tuple[Tensor, Any]:
-        """Equations (3) to (11)."""
-        if state is not None and not isinstance(state, MemoryState):
-            raise ValueError(_OTHER_CACHE.format(type(state).__name__))
+        self,
+        x: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        layout: RowLayout,
+        cache: AllMemLayerCache | None,
+    ) -> Tensor:
+        """Equations (3) to (11); a decode step only reads and keeps its token (`finish_chunk`)."""
+        if cache is not None and "recurrent" in cache.tensors:
+            raise ValueError(_OTHER_CACHE.format("Mamba-2 state"))
+        q = memory_qk(q, self.q_norm.weight, self.q_norm.eps)
+        k = memory_qk(k, self.k_norm.weight, self.k_norm.eps)
         eta = eta_from(self.eta_proj(x)).unflatten(-1, (self.num_heads, 3))
         mu = mu_from(self.mu_proj(x))
-        chunk_size, off = self.config.chunk_size, self.config.write_off
-        if off:  # one chunk that never fills: even the renormalisation (9) leaves the weights alone
-            chunk_size = x.shape[1] + 1
+        if self.config.write_off:
+            cache = None
+        if cache is not None and layout.is_step and "weights_gate" in cache.tensors:
+            return self._step(q, (k, v, eta, mu), layout, cache)
+        size = self.config.chunk_size
+        if self.config.write_off:  # a chunk that never fills: not even (9) changes the weights
+            size = x.shape[1] + 1
+        pending = [length % size for length in layout.host_past]
         read, state = memory_scan(
-            memory_qk(q, self.q_norm.weight, self.q_norm.eps),
-            memory_qk(k, self.k_norm.weight, self.k_norm.eps),
+            q,
+            k,
             v,
             eta,
             mu,
             FastWeights(self.fast_gate, self.fast_up, self.fast_down),
-            state,
-            chunk_size=chunk_size,
+            None if cache is None else cache.memory_state(pending),
+            chunk_size=size,
             cu_seqlens=layout.cu_seqlens,
             clip=self.config.clip,
             decay=self.config.decay or None,
+            return_state=cache is not None,
         )
-        return read, None if off else state
+        if cache is not None and state is not None:
+            cache.keep_memory(state)
+        return read
+
+    def _step(
+        self, q: Tensor, streams: tuple[Tensor, ...], layout: RowLayout, cache: AllMemLayerCache
+    ) -> Tensor:
+        """Equation (8) for one token a row `[R, 1, n, d_h]`, which joins its unfinished chunk."""
+        held = cache.tensors
+        slots = layout.past % self.config.chunk_size
+        rows = layout.rows[:, 0]
+        for name, new in zip(("k", "v", "eta", "mu"), streams, strict=True):
+            pending = held[f"pending_{name}"]
+            pending[rows, slots] = new[:, 0].detach().to(pending.dtype)
+        weights = FastWeights(*(held[f"weights_{name}"] for name in FastWeights._fields))
+        wide = q.transpose(1, 2).to(weights.gate.dtype)  # [R, n, 1, d_h]
+        return read_memory(wide, weights).transpose(1, 2).to(q.dtype)
+
+    @torch.no_grad()
+    def finish_chunk(self, cache: AllMemLayerCache, rows: list[int]) -> None:
+        """Equations (9) to (11) for the complete chunks of `rows`."""
+        if self.config.write_off:
+            return
+        held = cache.tensors
+        index = torch.tensor(rows, device=held["pending_k"].device)
+        k, v, eta, mu = (
+            held[f"pending_{name}"].index_select(0, index) for name in ("k", "v", "eta", "mu")
+        )
+        before = cache.memory_state([0] * cache.tensors["pending_k"].shape[0])
+        assert before is not None
+        _, after = memory_scan(
+            k,  # what is read here is not used
+            k,
+            v,
+            eta,
+            mu,
+            FastWeights(self.fast_gate, self.fast_up, self.fast_down),
+            before.select(rows),
+            chunk_size=self.config.chunk_size,
+            clip=self.config.clip,
+            decay=self.config.decay or None,
+        )
+        assert after is not None
+        for kind, new in (("weights", after.weights), ("momentum", after.momentum)):
+            for name, matrix in zip(FastWeights._fields, new, strict=True):
+                held[f"{kind}_{name}"].index_copy_(0, index, matrix)
 
 
 class AllMemMamba2(AllMemBranch):
@@ -295,17 +424,26 @@ class AllMemMamba2(AllMemBranch):
         self.d_skip = nn.Parameter(torch.ones(self.num_heads))
 
     def scan(
-        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, layout: RowLayout, state: Any
-    ) -> tuple[Tensor, Any]:
+        self,
+        x: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        layout: RowLayout,
+        cache: AllMemLayerCache | None,
+    ) -> Tensor:
         """The recurrence of Mamba-2 (arXiv 2405.21060), SiLU after the convolutions."""
-        if state is not None and not isinstance(state, Tensor):
-            raise ValueError(_OTHER_CACHE.format(type(state).__name__))
+        if cache is not None and "weights_gate" in cache.tensors:
+            raise ValueError(_OTHER_CACHE.format("memory"))
         q, k, v = F.silu(q), F.silu(k), F.silu(v)
         dt = F.softplus(self.dt_proj(x).float())
         if self.config.write_off:
             dt = torch.zeros_like(dt)
+        state = None if cache is None else cache.tensors.get("recurrent")
         read, state = ssd_scan(v, dt, self.a_log, k, q, state=state, cu_seqlens=layout.cu_seqlens)
-        return read + self.d_skip[:, None] * v, state
+        if cache is not None:
+            cache.keep("recurrent", state)
+        return read + self.d_skip[:, None] * v
 
 
 class AllMemMLP(nn.Module):

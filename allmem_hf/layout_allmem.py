@@ -25,6 +25,8 @@ class RowLayout:
         rows: same shape: the row of each token.
         past: `[R]` tokens each row had seen before this call.
         lengths: `[R]` tokens each row has seen with it.
+        host_past: `past` as a tuple, known without waiting for the device.
+        host_lengths: `lengths` likewise.
         max_new: most new tokens in a row.
         cu_seqlens: `[R + 1]` int32 borders of the packed rows, or None when not packed.
         source: `[S]` index of each packed token in the flattened `[B * T]`, or None.
@@ -35,9 +37,21 @@ class RowLayout:
     rows: Tensor
     past: Tensor
     lengths: Tensor
+    host_past: tuple[int, ...]
+    host_lengths: tuple[int, ...]
     max_new: int
     cu_seqlens: Tensor | None = None
     source: Tensor | None = None
+
+    @property
+    def is_step(self) -> bool:
+        """Whether every row gets exactly one token: a decode step."""
+        return self.cu_seqlens is None and self.batch_shape[1] == 1
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all rows are of one length, before and after the call."""
+        return self.cu_seqlens is None and len(set(self.host_past)) == 1
 
     def pack(self, x: Tensor) -> Tensor:
         """`[B, T, ...]` -> `[1, S, ...]`, or `x` itself when nothing is packed."""
@@ -73,6 +87,7 @@ def build_layout(
     position_ids: Tensor | None,
     past: Tensor | None,
     seen: int,
+    host_past: tuple[int, ...] = (),
 ) -> RowLayout:
     """Reads padding and positions of a call.
 
@@ -84,6 +99,7 @@ def build_layout(
             without a cache and a mask, restart at 0 wherever a new document starts.
         past: `[B]` real tokens of each row in the cache, None for an empty cache.
         seen: columns in the cache, padding included.
+        host_past: `past` as numbers.
 
     Raises:
         ValueError: a mask or positions that do not describe rows of consecutive tokens.
@@ -91,6 +107,12 @@ def build_layout(
     mask = _new_columns(attention_mask, batch_shape, seen)
     num_rows, length = batch_shape
     before = torch.zeros(num_rows, dtype=torch.long, device=device) if past is None else past
+    host = (0,) * num_rows if past is None else host_past
+    if len(host) != num_rows:
+        raise ValueError(
+            f"{num_rows} rows of new tokens do not fit a cache of {len(host)} rows; give tokens "
+            "for each row, or take the rows that go on (AllMemCache.take)"
+        )
     if mask is None:
         positions = before[:, None] + torch.arange(length, device=device)
         if position_ids is not None:
@@ -103,6 +125,8 @@ def build_layout(
             rows=torch.arange(num_rows, device=device)[:, None].expand(batch_shape),
             past=before,
             lengths=before + length,
+            host_past=host,
+            host_lengths=tuple(n + length for n in host),
             max_new=length,
         )
     mask = mask.to(device)
@@ -113,7 +137,7 @@ def build_layout(
             raise ValueError(
                 "position_ids differ from the positions that attention_mask implies; leave them out"
             )
-    return _packed(batch_shape, mask.sum(1), positions[mask], before, mask)
+    return _packed(batch_shape, mask.sum(1), positions[mask], (before, host), mask)
 
 
 def _new_columns(mask: Tensor | None, batch_shape: tuple[int, int], seen: int) -> Tensor | None:
@@ -145,14 +169,20 @@ def _documents(given: Tensor, past: Tensor | None) -> RowLayout:
     total = torch.tensor([given.numel()], device=given.device)
     counts = torch.diff(torch.cat([borders, total]))
     everything = torch.ones_like(given, dtype=torch.bool)
-    before = torch.zeros_like(counts)
+    before = (torch.zeros_like(counts), (0,) * len(counts))
     return _packed((given.shape[0], given.shape[1]), counts, given.flatten(), before, everything)
 
 
 def _packed(
-    batch_shape: tuple[int, int], counts: Tensor, positions: Tensor, past: Tensor, mask: Tensor
+    batch_shape: tuple[int, int],
+    counts: Tensor,
+    positions: Tensor,
+    before: tuple[Tensor, tuple[int, ...]],
+    mask: Tensor,
 ) -> RowLayout:
     """Packs the tokens that `mask` [B, T] keeps; `counts` [R] of them in each row."""
+    past, host_past = before
+    host_counts = counts.tolist()
     borders = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     rows = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
     return RowLayout(
@@ -161,7 +191,9 @@ def _packed(
         rows=rows[None],
         past=past,
         lengths=past + counts,
-        max_new=int(counts.max()),
+        host_past=host_past,
+        host_lengths=tuple(n + more for n, more in zip(host_past, host_counts, strict=True)),
+        max_new=max(host_counts),
         cu_seqlens=borders.to(torch.int32),
         source=mask.flatten().nonzero().flatten(),
     )

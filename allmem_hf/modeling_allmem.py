@@ -164,6 +164,7 @@ class AllMemModel(AllMemPreTrainedModel):
             position_ids=position_ids,
             past=None if cache is None else cache.lengths,
             seen=seen,
+            host_past=() if cache is None else cache.host_lengths,
         )
         if cache is not None and layout.batch_shape[0] != len(layout.past):
             raise ValueError(
@@ -182,6 +183,7 @@ class AllMemModel(AllMemPreTrainedModel):
             hidden = layer(hidden, cos_sin, layout, layer_cache, seen)
         hidden = layout.unpack(self.norm(hidden))
         if cache is not None:
+            self._finish_chunks(cache, layout)
             cache.advance(layout)
         output = BaseModelOutputWithPast(
             last_hidden_state=hidden,
@@ -189,6 +191,18 @@ class AllMemModel(AllMemPreTrainedModel):
             hidden_states=(*states, hidden) if collect else None,
         )
         return output.to_tuple() if return_dict is False else output
+
+    def _finish_chunks(self, cache: AllMemCache, layout: RowLayout) -> None:
+        """After a decode step: the rows whose chunk is complete write it."""
+        if not layout.is_step:
+            return  # longer calls write as they go
+        size = self.config.chunk_size
+        rows = [row for row, length in enumerate(layout.host_lengths) if length % size == 0]
+        if not rows:
+            return
+        for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
+            if isinstance(layer, AllMemDecoderLayer) and layer.use_memory:
+                layer.memory.finish_chunk(layer_cache, rows)
 
     def _cache(self, given: Any, use_cache: bool | None) -> AllMemCache | None:
         """The cache of this call: the given one, a new one, or none."""

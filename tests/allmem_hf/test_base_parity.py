@@ -178,7 +178,7 @@ def test_a_base_that_cannot_be_converted_is_refused(changes, words):
         ({}, {"chunk_size": 9}, "chunk_size=9 exceeds window_size=8"),
         ({}, {"window_size": 0}, "window_size=0"),
         ({}, {"num_sinks": -1}, "num_sinks=-1"),
-        ({}, {"mode": "full"}, "mode='full'"),
+        ({}, {"mode": "align"}, "mode='align'"),
         ({"memory_size": 15}, {}, "memory_size=15"),
         ({"memory_sise": 16}, {}, "did you mean 'memory_size'"),
         ({}, {"shuffle_state": True}, "shuffle_state"),
