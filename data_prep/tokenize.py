@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, overload
 
 import numpy as np
@@ -41,10 +42,16 @@ def encode_text(tokenizer: TokenizerLike, text: str | Sequence[str]) -> list[int
 MAX_CHARACTERS = 1 << 18
 """Longer texts are cut before they are tokenized: what the tokenizer holds for a text is some
 hundred bytes a token."""
+_CALL_CHARACTERS = 1 << 17
+"""Shorter texts go to the tokenizer together, about so many characters a call."""
 
 
 class TextEncoder:
     """Plain text to token ids as `encode_text` does, without offsets and lists that nobody needs.
+
+    The tokenizer works in a thread of its own: there glibc gives its many small allocations an
+    arena of their own, not the gaps that loading a vocabulary has left all over the main one (half
+    as fast again with Qwen3's).
 
     Args:
         backend: a `tokenizers.Tokenizer` (`tokenizer.backend_tokenizer`).
@@ -63,6 +70,7 @@ class TextEncoder:
         self._backend = backend
         self._dtype = np.dtype(dtype)
         self._max_characters = max_characters
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
 
     def __call__(self, texts: Sequence[str]) -> list[NDArray[Any]]:
         """Token ids of each text, [T]."""
@@ -72,18 +80,28 @@ class TextEncoder:
         self._backend.encode_special_tokens = True
         self._backend.no_truncation()
         self._backend.no_padding()
-        if max(map(len, texts)) <= self._max_characters:
-            return self._encode(list(texts))
+        return self._thread.submit(self._rows, texts).result()
+
+    def _rows(self, texts: Sequence[str]) -> list[NDArray[Any]]:
+        stretches = [cut_text(text, self._max_characters) for text in texts]
+        parts = self._encode([stretch for own in stretches for stretch in own])
         rows = []
-        for text in texts:
-            stretches = cut_text(text, self._max_characters)
-            parts = [self._encode([stretch])[0] for stretch in stretches]
-            rows.append(np.concatenate(parts) if len(parts) > 1 else parts[0])
+        for own in stretches:
+            row = [next(parts) for _ in own]
+            rows.append(np.concatenate(row) if len(row) > 1 else row[0])
         return rows
 
-    def _encode(self, texts: list[str]) -> list[NDArray[Any]]:
-        found = self._backend.encode_batch_fast(texts, add_special_tokens=False)
-        return [np.array(encoding.ids, dtype=self._dtype) for encoding in found]
+    def _encode(self, texts: list[str]) -> Iterator[NDArray[Any]]:
+        first = 0
+        while first < len(texts):
+            last, room = first + 1, _CALL_CHARACTERS - len(texts[first])
+            while last < len(texts) and (room := room - len(texts[last])) >= 0:
+                last += 1
+            for encoding in self._backend.encode_batch_fast(
+                texts[first:last], add_special_tokens=False
+            ):
+                yield np.array(encoding.ids, dtype=self._dtype)
+            first = last
 
 
 _LINE_BORDER = re.compile(r"\n(?=\S)")
