@@ -16,7 +16,6 @@ import argparse
 import importlib.util
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -38,6 +37,7 @@ from benchmarks.data_checks import (
     make_reference,
 )
 from benchmarks.data_figure import draw
+from benchmarks.data_summary import machine, summary
 from benchmarks.data_text import Text, make_text
 from data_prep.tokenize import end_of_text_id
 from data_prep.tokenizer import load_tokenizer
@@ -262,9 +262,11 @@ def rounds(
     """Every case once a round, in an order that turns; by `case/processes`."""
     cases: list[tuple[str, dict[str, Any]]] = []
     for count in processes:
-        cases.append((f"tokenizer/{count}", {"fast": True, "processes": count}))
+        cases.append((f"tokenizer/{count}", {"fast": True, "thread": True, "processes": count}))
         cases += [(f"{tool}/{count}", {"processes": count}) for tool in tools]
-    cases.append(("tokenizer with offsets/1", {"fast": False, "processes": 1}))
+    plain = {"thread": False, "processes": 1}
+    cases.append(("tokenizer in the main thread/1", {"fast": True, **plain}))
+    cases.append(("tokenizer with offsets/1", {"fast": False, **plain}))
     found = []
     for turn in range(number):
         order = cases[turn % len(cases) :] + cases[: turn % len(cases)]
@@ -331,68 +333,6 @@ def loader(bench: Bench, options: argparse.Namespace) -> Result:
         "the teacher's forward pass only make it less",
         "times_the_need": cpu / need,
     }
-
-
-def machine() -> Result:
-    """What was measured on."""
-    names = [line for line in _cpuinfo() if line.startswith("model name")]
-    return {
-        "processor": names[0].partition(":")[2].strip() if names else platform.processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "python": platform.python_version(),
-        "load_before": os.getloadavg()[0],
-    }
-
-
-def _cpuinfo() -> list[str]:
-    file = Path("/proc/cpuinfo")
-    return file.read_text("utf-8").splitlines() if file.is_file() else []
-
-
-def summary(result: Result) -> str:
-    """The numbers as a person reads them."""
-    text, lines = result["text"], []
-    lines.append(
-        f"{text['name']}: {text['documents']:,} documents, {text['tokens']:,} tokens "
-        f"({result['tokenizer']['name']}); {result['machine']['processor']}, "
-        f"{result['machine']['cores']} cores, load {result['machine']['load_before']:.0f} to "
-        f"{result['machine']['load_after']:.0f}"
-    )
-    for name, kinds in result.get("ratios", {}).items():
-        tool, count = name.split("/")
-        cpu, wall = kinds["cpu_s"]["of_the_tokenizer"], kinds["wall_s"]["of_the_tokenizer"]
-        speed = statistics.median(
-            turn[name]["tokens"] / turn[name]["cpu_s"] for turn in result["rounds"]
-        )
-        times = kinds["wall_s"]["of_one_process"]["median"]
-        lines.append(
-            f"{tool:24} {count:>2} processes: {speed / 1e6:5.2f} M tokens per CPU second, "
-            f"{cpu['median']:4.0%} of the tokenizer ({cpu['least']:.0%} to {cpu['most']:.0%}); "
-            f"by wall {wall['median']:4.0%}, {times:.2f} × one process"
-        )
-    for row in result.get("memory", []):
-        lines.append(
-            f"memory, text ×{row['times']}, {row['processes']} processes: "
-            f"{row['peak_bytes'] / 2**20:,.0f} MiB, largest child "
-            f"{row['largest_child_bytes'] / 2**20:,.0f} MiB"
-        )
-    if "loader" in result:
-        found = result["loader"]
-        lines.append(
-            f"loader: {found['tokens_per_cpu_s'] / 1e6:.1f} M tokens per CPU second, "
-            f"{found['times_the_need']:.0f} × the need ({found['arithmetic']})"
-        )
-    for name, row in result.get("parts", {}).get("packing", {}).items():
-        lines.append(
-            f"packing, {name}: fill {row['fill']:.2%}, "
-            f"{row['seconds_per_million_pieces']:.1f} s a million pieces"
-        )
-    for group, rows in result.get("parts", {}).items():
-        for name, row in rows.items() if group != "packing" else ():
-            rate = row.get("mcharacters_per_s")
-            speed = f", {rate:.0f} M characters/s" if rate else ""
-            lines.append(f"{group}: {name}: {row['documents_per_s']:,.0f} documents/s{speed}")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":
