@@ -171,12 +171,12 @@ def test_evaluate_stops_between_batches_and_keeps_the_mixers_that_are_measured(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ):
-    from pipeline.stages import evaluate
+    from pipeline.evaluating import documents
 
     run_dir = prepared[-2].removeprefix("run.dir=")
     words = [*prepared, "stage=evaluate", "eval.mixers=[full,swa]", "eval.controls=[]"]
     words += ["eval.batch_size=2", "eval.timing_repeats=0", "eval.kinds=[text]"]
-    score, calls = evaluate.score_batch, []
+    score, calls = documents.score_batch, []
 
     def score_and_stop(*args: Any, **options: Any) -> Any:
         calls.append(args)
@@ -186,7 +186,7 @@ def test_evaluate_stops_between_batches_and_keeps_the_mixers_that_are_measured(
 
     monkeypatch.setattr("pipeline.run.commit", lambda: "0123456789ab")  # as in a clean clone
     with monkeypatch.context() as patched:
-        patched.setattr(evaluate, "score_batch", score_and_stop)
+        patched.setattr(documents, "score_batch", score_and_stop)
         assert main(words) == EXIT_REQUEUE
     assert len(calls) == 3
     assert not (Path(run_dir) / "evaluate" / "results.json").exists()

@@ -1,0 +1,1 @@
+"""`stage=evaluate` in parts: subjects, journals, suites, short tasks, results and figures."""
