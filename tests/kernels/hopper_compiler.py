@@ -1,6 +1,7 @@
 """Compiles the memory's kernels for Hopper without a GPU and tells what came out; run by a test.
 
-python hopper_compiler.py OUT.json: a list of {kernel, width, registers, spilled, shared, wgmma}.
+python hopper_compiler.py OUT.json WIDTHS CHUNKS DTYPES, each separated by commas: a list of
+{kernel, width, chunk, dtype, registers, spilled, shared, wgmma}.
 """
 
 from __future__ import annotations
@@ -20,20 +21,25 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from kernels.ttt_memory.triton_backend import backward, forward
-from kernels.ttt_memory.triton_backend.blocks import BLOCKS, options, tiles
+from kernels.ttt_memory.triton_backend.blocks import BLOCKS, options, rows, tiles
 
+LOW = ("q", "k", "v", "out", "base", "grad_steps", "grad_out", "grad_q", "grad_k", "grad_v")
+"""Pointers to the tokens' dtype; in the kernels that read, `w` too."""
 TYPES = {
-    **dict.fromkeys(("q", "k", "v", "out", "grad_out", "grad_q", "grad_k", "grad_v"), "*bf16"),
-    **dict.fromkeys(("chunks", "blocks", "block_range"), "*i64"),
-    **dict.fromkeys(("C", "tokens_per_split", "splits"), "i32"),
+    **dict.fromkeys(("chunks", "blocks", "spans", "span_range"), "*i64"),
+    **dict.fromkeys(("begin", "C", "tokens_per_split", "splits"), "i32"),
 }
-NOT_DIVISIBLE = ("splits", "C")
+NOT_DIVISIBLE = ("begin", "C", "splits")
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def compiled(kernel: Any, constants: dict[str, Any], num_warps: int, num_stages: int) -> Any:
+def compiled(name: str, constants: dict[str, Any], dtype: str, warps: int, stages: int) -> Any:
     """As the launcher would compile it: pointers and sizes that 16 divides are marked as such."""
+    kernel = getattr(forward, name, None) or getattr(backward, name)
+    low = (*LOW, "w") if name.startswith("read") else LOW
+    types = {**TYPES, **dict.fromkeys(low, f"*{dtype}")}
     signature = {
-        name: "constexpr" if name in constants else TYPES.get(name, "*fp32")
+        name: "constexpr" if name in constants else types.get(name, "*fp32")
         for name in kernel.arg_names
     }
     aligned = {
@@ -45,7 +51,7 @@ def compiled(kernel: Any, constants: dict[str, Any], num_warps: int, num_stages:
     return triton.compile(
         source,
         target=GPUTarget("cuda", 90, 32),
-        options={"num_warps": num_warps, "num_stages": num_stages},
+        options={"num_warps": warps, "num_stages": stages},
     )
 
 
@@ -68,25 +74,45 @@ def usage(binary: Any) -> dict[str, int]:
     }
 
 
+def report(name: str, width: int, chunk: int, dtype: str) -> dict[str, Any]:
+    """What becomes of a kernel whose blocks depend on the chunk length."""
+    constants = {
+        "H": max(1, 512 // width), "F": 2 * width, "K": width,
+        **options(name, width, 2 * width, chunk, DTYPES[dtype]),
+    }  # fmt: skip
+    if name == "steps_weights_kernel":
+        constants["GIVEN"] = False
+    warps, stages = constants.pop("num_warps"), constants.pop("num_stages")
+    found = usage(compiled(name, constants, dtype, warps, stages))
+    return {"kernel": name, "width": width, "chunk": chunk, "dtype": dtype, **found}
+
+
+ELEMENTWISE: dict[str, dict[str, Any]] = {
+    "update_kernel": {"CLIP": True},
+    "normalise_gradient_kernel": {},
+    "low_weights_kernel": {"NORMALISED": True},
+    "momentum_gradient_kernel": {"WRITE": True},
+}
+
+
+def elementwise(name: str, width: int, dtype: str) -> dict[str, Any]:
+    """What becomes of a kernel that knows no chunks."""
+    kernel = getattr(forward, name, None) or getattr(backward, name)
+    shape = tiles(width) if "BR" in kernel.arg_names else rows(width)
+    warps = shape.pop("num_warps", 4)
+    constants = {"H": max(1, 512 // width), "F": 2 * width, "K": width, **shape}
+    found = usage(compiled(name, constants | ELEMENTWISE[name], dtype, warps, 1))
+    return {"kernel": name, "width": width, "chunk": 0, "dtype": dtype, **found}
+
+
 def main() -> None:
-    rows = []
-    for width in (32, 64, 96, 128, 256):
-        sizes = {"H": max(1, 512 // width), "F": 2 * width, "K": width}
-        for name in BLOCKS:
-            kernel = getattr(forward, name, None) or getattr(backward, name)
-            constants = {**sizes, **options(name, width, 2 * width, torch.bfloat16)}
-            warps, stages = constants.pop("num_warps"), constants.pop("num_stages")
-            rows.append(
-                {"kernel": name, "width": width} | usage(compiled(kernel, constants, warps, stages))
-            )
-        for name in ("update_kernel", "normalise_gradient_kernel"):
-            kernel = getattr(forward, name, None) or getattr(backward, name)
-            constants = {**sizes, **tiles(width)}
-            if name == "update_kernel":
-                constants["CLIP"] = True
-            found = usage(compiled(kernel, constants, 4, 1))
-            rows.append({"kernel": name, "width": width, **found})
-    Path(sys.argv[1]).write_text(json.dumps(rows), encoding="utf-8")
+    widths, chunks = ([int(x) for x in given.split(",")] for given in sys.argv[2:4])
+    found = []
+    for dtype in sys.argv[4].split(","):
+        for width in widths:
+            found += [report(name, width, chunk, dtype) for name in BLOCKS for chunk in chunks]
+            found += [elementwise(name, width, dtype) for name in ELEMENTWISE]
+    Path(sys.argv[1]).write_text(json.dumps(found), encoding="utf-8")
 
 
 if __name__ == "__main__":

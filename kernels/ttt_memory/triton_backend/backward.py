@@ -68,36 +68,41 @@ def read_tokens_kernel(
 
 @triton.jit
 def read_weights_kernel(
-    q, w, blocks, block_range, grad_out, grad_w,
+    q, w, spans, span_range, grad_out, grad_w,
     H: tl.constexpr, F: tl.constexpr, K: tl.constexpr,
     BT: tl.constexpr, BF: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dW of equation (8) for every state, w in q's dtype.
+    """dW of equation (8) for every state, w in q's dtype, in shares of the tokens.
 
-    block_range [S + 1]: the blocks that read each slot.
+    spans [Q, 3]: slot, first token, number of tokens; span_range [S + 1]: those of each slot.
+    grad_w [shares, S, H, 3, F, K] is written.
     """
     slot, head = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
+    share, shares = tl.program_id(2), tl.num_programs(2)
     offs_t, offs_k = tl.arange(0, BT), tl.arange(0, BK)
     offs_f = tl.program_id(1) * BF + tl.arange(0, BF)
     dtype = q.dtype.element_ty
     gate, up, down = load_weights(w, slot, head, H, F, K, offs_f, offs_k)
-    gate, up, down = gate.to(dtype), up.to(dtype), down.to(dtype)
     d_gate = tl.zeros((BK, BF), tl.float32)
     d_up = tl.zeros((BK, BF), tl.float32)
     d_down = tl.zeros((BK, BF), tl.float32)
-    for block in range(tl.load(block_range + slot), tl.load(block_range + slot + 1)):
-        first, count = tl.load(blocks + block * 3 + 1), tl.load(blocks + block * 3 + 2)
-        q_TK = load_tokens(q, first, count, head, H, K, offs_t, offs_k)
-        g_TK = load_tokens(grad_out, first, count, head, H, K, offs_t, offs_k)
-        h_gate = tl.dot(q_TK, tl.trans(gate), input_precision=PRECISION)
-        h_up = tl.dot(q_TK, tl.trans(up), input_precision=PRECISION)
-        d_a = tl.dot(g_TK, tl.trans(down), input_precision=PRECISION)
-        silu, slope = silu_parts(h_gate)
-        d_h_gate = (d_a * h_up * slope).to(dtype)
-        d_gate += tl.dot(tl.trans(q_TK), d_h_gate, input_precision=PRECISION)
-        d_up += tl.dot(tl.trans(q_TK), (d_a * silu).to(dtype), input_precision=PRECISION)
-        d_down += tl.dot(tl.trans(g_TK), (silu * h_up).to(dtype), input_precision=PRECISION)
-    out = grad_w + (slot * H + head) * (3 * F * K)
+    for span in range(tl.load(span_range + slot), tl.load(span_range + slot + 1)):
+        first, number = tl.load(spans + span * 3 + 1), tl.load(spans + span * 3 + 2).to(tl.int32)
+        size = tl.cdiv(tl.cdiv(number, BT), shares) * BT
+        end = tl.minimum((share + 1) * size, number)
+        for t in range(share * size, end, BT):
+            q_TK = load_tokens(q, first + t, end - t, head, H, K, offs_t, offs_k)
+            g_TK = load_tokens(grad_out, first + t, end - t, head, H, K, offs_t, offs_k)
+            h_gate = tl.dot(q_TK, tl.trans(gate), input_precision=PRECISION)
+            h_up = tl.dot(q_TK, tl.trans(up), input_precision=PRECISION)
+            d_a = tl.dot(g_TK, tl.trans(down), input_precision=PRECISION)
+            silu, slope = silu_parts(h_gate)
+            d_h_gate = (d_a * h_up * slope).to(dtype)
+            d_gate += tl.dot(tl.trans(q_TK), d_h_gate, input_precision=PRECISION)
+            d_up += tl.dot(tl.trans(q_TK), (d_a * silu).to(dtype), input_precision=PRECISION)
+            d_down += tl.dot(tl.trans(g_TK), (silu * h_up).to(dtype), input_precision=PRECISION)
+    slots = tl.num_programs(0) // H
+    out = grad_w + ((share * slots + slot) * H + head) * (3 * F * K)
     at = offs_f[None, :] * K + offs_k[:, None]
     valid = (offs_f < F)[None, :] & (offs_k < K)[:, None]
     tl.store(out + at, d_gate, mask=valid)
@@ -351,27 +356,60 @@ def normalise_gradient_kernel(
 def steps_tokens_kernel(
     k, v, eta, mu_share, grad_mean, base, chunks, grad_steps, grad_k, grad_v, grad_eta, grad_mu,
     C,
-    H: tl.constexpr, F: tl.constexpr, K: tl.constexpr,
+    H: tl.constexpr, F: tl.constexpr, K: tl.constexpr, APART: tl.constexpr,
     BT: tl.constexpr, BF: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dK, dV and d eta of equation (10), d mu of (5), for a block of tokens of any chunk.
 
-    base and grad_steps [A, H, 3, F, K] in k's dtype; mu_share and grad_mean [A, H].
+    base and grad_steps [A, H, 3, F, K] in k's dtype; mu_share and grad_mean [A, H]. APART: dK and
+    dV in two walks over the hidden units, where the registers of one cannot hold both.
     """
     chunk, head = tl.program_id(0), tl.program_id(2)
     begin = tl.program_id(1) * BT
     first, count = tl.load(chunks + chunk * 3 + 2) + begin, C - begin
     offs_t, offs_k = tl.arange(0, BT), tl.arange(0, BK)
-    dtype = k.dtype.element_ty
     k_TK = load_tokens(k, first, count, head, H, K, offs_t, offs_k)
     v_TK = load_tokens(v, first, count, head, H, K, offs_t, offs_k)
-    eta_gate, eta_up, eta_down = load_rates(eta, first, count, head, H, offs_t)
+    rates = load_rates(eta, first, count, head, H, offs_t)
+    index = chunk.to(tl.int64)
+    start = first * (H * K) + head * K
+    at = offs_t[:, None] * (H * K) + offs_k[None, :]
+    valid = (offs_t < count)[:, None] & (offs_k < K)[None, :]
+    d_k, d_v, d_rates = token_gradients(
+        k_TK, v_TK, rates, base, grad_steps, index, head, H, F, K, True, not APART, offs_k,
+        BT, BF, BK, PRECISION,
+    )  # fmt: skip
+    tl.store(grad_k + start + at, d_k.to(k.dtype.element_ty), mask=valid)
+    if APART:
+        _, d_v, _ = token_gradients(
+            k_TK, v_TK, rates, base, grad_steps, index, head, H, F, K, False, True, offs_k,
+            BT, BF, BK, PRECISION,
+        )  # fmt: skip
+    tl.store(grad_v + start + at, d_v.to(k.dtype.element_ty), mask=valid)
+    grad_rates = grad_eta + first * (H * 3) + head * 3 + offs_t * (H * 3)
+    for matrix in tl.static_range(3):
+        tl.store(grad_rates + matrix, d_rates[matrix], mask=offs_t < count)
+    d_mean = tl.load(mu_share + chunk * H + head) * tl.load(grad_mean + chunk * H + head)
+    real = (rates[0] != 0.0) | (rates[1] != 0.0) | (rates[2] != 0.0)
+    tl.store(
+        grad_mu + first * H + head + offs_t * H, tl.where(real, d_mean, 0.0), mask=offs_t < count
+    )
+
+
+@triton.jit
+def token_gradients(
+    k_TK, v_TK, rates, base, grad_steps, index, head,
+    H: tl.constexpr, F: tl.constexpr, K: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
+    offs_k, BT: tl.constexpr, BF: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A walk over the hidden units: dK and d eta of each matrix (KEYS), dV (VALUES)."""
+    dtype = k_TK.dtype
+    eta_gate, eta_up, eta_down = rates
     d_k = tl.zeros((BT, BK), tl.float32)
     d_v = tl.zeros((BT, BK), tl.float32)
     d_eta_gate = tl.zeros((BT,), tl.float32)
     d_eta_up = tl.zeros((BT,), tl.float32)
     d_eta_down = tl.zeros((BT,), tl.float32)
-    index = chunk.to(tl.int64)
     for f in range(0, F, BF):
         offs_f = f + tl.arange(0, BF)
         gate, up, down = load_weights(base, index, head, H, F, K, offs_f, offs_k)
@@ -380,30 +418,18 @@ def steps_tokens_kernel(
             k_TK, v_TK, eta_gate, eta_up, eta_down, gate, up, down, ds_gate, ds_up, ds_down,
             PRECISION,
         )  # fmt: skip
-        d_eta_gate += tl.sum(b_gate * x_gate, 1)
-        d_eta_up += tl.sum(b_up * x_up, 1)
-        d_eta_down += tl.sum(b_down * x_down, 1)
-        d_k += tl.dot(d_h_gate.to(dtype), gate, input_precision=PRECISION)
-        d_k += tl.dot(d_h_up.to(dtype), up, input_precision=PRECISION)
-        rated = (b_gate * eta_gate[:, None]).to(dtype)
-        d_k += tl.dot(rated, ds_gate, input_precision=PRECISION)
-        rated = (b_up * eta_up[:, None]).to(dtype)
-        d_k += tl.dot(rated, ds_up, input_precision=PRECISION)
-        d_v += tl.dot(d_p.to(dtype), down, input_precision=PRECISION)
-        rated = (b_down * eta_down[:, None]).to(dtype)
-        d_v += tl.dot(rated, ds_down, input_precision=PRECISION)
-    start = first * (H * K) + head * K
-    at = offs_t[:, None] * (H * K) + offs_k[None, :]
-    valid = (offs_t < count)[:, None] & (offs_k < K)[None, :]
-    tl.store(grad_k + start + at, d_k.to(dtype), mask=valid)
-    tl.store(grad_v + start + at, d_v.to(dtype), mask=valid)
-    rates = grad_eta + first * (H * 3) + head * 3
-    rate = offs_t * (H * 3)
-    tl.store(rates + rate, d_eta_gate, mask=offs_t < count)
-    tl.store(rates + rate + 1, d_eta_up, mask=offs_t < count)
-    tl.store(rates + rate + 2, d_eta_down, mask=offs_t < count)
-    d_mean = tl.load(mu_share + chunk * H + head) * tl.load(grad_mean + chunk * H + head)
-    real = (eta_gate != 0.0) | (eta_up != 0.0) | (eta_down != 0.0)
-    tl.store(
-        grad_mu + first * H + head + offs_t * H, tl.where(real, d_mean, 0.0), mask=offs_t < count
-    )
+        if KEYS:
+            d_eta_gate += tl.sum(b_gate * x_gate, 1)
+            d_eta_up += tl.sum(b_up * x_up, 1)
+            d_eta_down += tl.sum(b_down * x_down, 1)
+            d_k += tl.dot(d_h_gate.to(dtype), gate, input_precision=PRECISION)
+            d_k += tl.dot(d_h_up.to(dtype), up, input_precision=PRECISION)
+            rated = (b_gate * eta_gate[:, None]).to(dtype)
+            d_k += tl.dot(rated, ds_gate, input_precision=PRECISION)
+            rated = (b_up * eta_up[:, None]).to(dtype)
+            d_k += tl.dot(rated, ds_up, input_precision=PRECISION)
+        if VALUES:
+            d_v += tl.dot(d_p.to(dtype), down, input_precision=PRECISION)
+            rated = (b_down * eta_down[:, None]).to(dtype)
+            d_v += tl.dot(rated, ds_down, input_precision=PRECISION)
+    return d_k, d_v, (d_eta_gate, d_eta_up, d_eta_down)

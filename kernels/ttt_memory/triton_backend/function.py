@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kernels.ttt_memory.triton_backend import backward as bwd
 from kernels.ttt_memory.triton_backend import forward as fwd
-from kernels.ttt_memory.triton_backend.blocks import ROWS, padded, tiles
+from kernels.ttt_memory.triton_backend.blocks import rows, tiles
 from kernels.ttt_memory.triton_backend.launch import (
     Call,
     in_shares,
@@ -19,6 +19,7 @@ from kernels.ttt_memory.triton_backend.launch import (
     mean_mu,
     shares,
     shares_buffer,
+    spare,
     steps_of,
     write_chunks,
 )
@@ -45,7 +46,7 @@ class Scan(torch.autograd.Function):
         if len(plan.blocks):
             low = low_weights(states[0], states[2], plan, call, q, normalised=False)
             fwd.read_kernel[(len(plan.blocks), sizes.heads)](
-                q, low, plan.blocks, out, *sizes.all, **sizes.options("read_kernel", q)
+                q, low, plan.blocks, out, *sizes.all, **sizes.options("read_kernel")
             )  # fmt: skip
         ctx.plan, ctx.call, ctx.want_state = plan, call, want_state
         kept = states if keep else ()
@@ -99,13 +100,18 @@ class _Gradients:
         if len(plan.blocks):
             bwd.read_tokens_kernel[(len(plan.blocks), sizes.heads)](
                 self.q, low, plan.blocks, grad_out, d_q,
-                *sizes.all, **sizes.options("read_tokens_kernel", self.q),
+                *sizes.all, **sizes.options("read_tokens_kernel"),
             )  # fmt: skip
-        grid = (plan.num_slots * sizes.heads, sizes.hidden_blocks("read_weights_kernel"))
-        bwd.read_weights_kernel[grid](
-            self.q, low, plan.blocks, plan.block_range, grad_out, self.w,
-            *sizes.all, **sizes.options("read_weights_kernel", self.q),
+        kernel = "read_weights_kernel"
+        programs = plan.num_slots * sizes.heads
+        splits = spare(programs * sizes.hidden_blocks(kernel), self.call)
+        parts = w.new_empty(splits, *w.shape) if splits > 1 else self.w
+        bwd.read_weights_kernel[(programs, sizes.hidden_blocks(kernel), splits)](
+            self.q, low, plan.spans, plan.span_range, grad_out, parts,
+            *sizes.all, **sizes.options(kernel),
         )  # fmt: skip
+        if splits > 1:
+            torch.sum(parts, 0, out=self.w)
         return d_q
 
     def final(self, grad_w: Tensor, grad_m: Tensor) -> None:
@@ -129,14 +135,14 @@ class _Gradients:
             active = end - begin
             if clips:
                 bwd.momentum_gradient_kernel[(active * sizes.heads, parts)](
-                    *momentum, begin, *sizes.all, WRITE=True, BF=ROWS, BK=padded(sizes.width)
+                    *momentum, begin, *sizes.all, WRITE=True, **rows(sizes.width)
                 )  # fmt: skip
                 self._through_clip(begin, end)
             splits, share = shares(active, call, kernel)
             bwd.steps_weights_kernel[(active * sizes.heads, sizes.hidden_blocks(kernel), splits)](
                 self.k, self.v, self.eta, self.base, *momentum, base,
                 begin, call.chunk_size, share, *sizes.all, GIVEN=clips,
-                **sizes.options(kernel, self.k),
+                **sizes.options(kernel),
             )  # fmt: skip
             bwd.normalise_gradient_kernel[(active * sizes.heads, sizes.num_tiles)](
                 w, scale, call.decay, plan.chunks, base, self.w, d_norms,
@@ -182,6 +188,6 @@ class _Gradients:
             bwd.steps_tokens_kernel[(len(plan.chunks), blocks, sizes.heads)](
                 self.k, self.v, self.eta, self.share, d_mean, self.base, plan.chunks,
                 self.steps.to(self.k.dtype), d_k, d_v, d_eta, d_mu,
-                call.chunk_size, *sizes.all, **sizes.options(kernel, self.k),
+                call.chunk_size, *sizes.all, **sizes.options(kernel),
             )  # fmt: skip
         return d_k, d_v, d_eta, d_mu

@@ -21,7 +21,7 @@ from kernels.ttt_memory.triton_backend.blocks import (
     Blocks,
     blocks_of,
     options,
-    padded,
+    rows,
     tiles,
 )
 from kernels.ttt_memory.triton_backend.plan import ScanPlan
@@ -31,11 +31,13 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 @dataclass(frozen=True)
 class Sizes:
-    """H, F and K, and what follows from them for the launches."""
+    """H, F, K, C and the tokens' dtype, and what follows from them for the launches."""
 
     heads: int
     hidden: int
     width: int
+    chunk_size: int
+    dtype: torch.dtype
 
     @property
     def all(self) -> tuple[int, int, int]:
@@ -52,13 +54,13 @@ class Sizes:
         return 2 * self.row_tiles + triton.cdiv(self.width, COLUMNS)
 
     def blocks(self, kernel: str) -> Blocks:
-        return blocks_of(kernel, self.width, self.hidden)
+        return blocks_of(kernel, self.width, self.hidden, self.chunk_size, self.dtype)
 
     def hidden_blocks(self, kernel: str) -> int:
         return triton.cdiv(self.hidden, self.blocks(kernel).hidden)
 
-    def options(self, kernel: str, x: Tensor) -> dict[str, Any]:
-        return options(kernel, self.width, self.hidden, x.dtype)
+    def options(self, kernel: str) -> dict[str, Any]:
+        return options(kernel, self.width, self.hidden, self.chunk_size, self.dtype)
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ def steps_of(
     splits, share = shares(active, call, "steps_kernel")
     fwd.steps_kernel[(active * sizes.heads, sizes.hidden_blocks("steps_kernel"), splits)](
         k, v, eta, w, scale, plan.chunks, steps,
-        part[0], call.chunk_size, share, *sizes.all, **sizes.options("steps_kernel", k),
+        part[0], call.chunk_size, share, *sizes.all, **sizes.options("steps_kernel"),
     )  # fmt: skip
     return splits
 
@@ -158,7 +160,7 @@ def low_weights(
         grid = (count * sizes.heads, sizes.row_tiles)
         bwd.low_weights_kernel[grid](
             w, scale, out, plan.chunks, *sizes.all,
-            NORMALISED=normalised, BF=ROWS, BK=padded(sizes.width),
+            NORMALISED=normalised, **rows(sizes.width),
         )  # fmt: skip
     return out
 
@@ -172,14 +174,16 @@ def clip_factor(steps: Tensor, clip: float) -> Tensor:
 def shares(active: int, call: Call, kernel: str) -> tuple[int, int]:
     """Into how many shares a chunk's tokens are split to occupy the GPU, and their size."""
     sizes = call.sizes
-    programs = active * sizes.heads * sizes.hidden_blocks(kernel)
-    wanted = 2 * programs if INTERPRETED else _processors(call.decay.device)
     tokens = sizes.blocks(kernel).tokens
     most = math.ceil(call.chunk_size / tokens)
-    splits = max(1, min(most, wanted // programs))
+    splits = min(most, spare(active * sizes.heads * sizes.hidden_blocks(kernel), call))
     share = math.ceil(most / splits) * tokens
     return math.ceil(call.chunk_size / share), share
 
 
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+def spare(programs: int, call: Call) -> int:
+    """How many times as many programs the GPU can run at once, at least 1."""
+    if INTERPRETED:
+        return 2  # so that tests meet shares
+    device = call.decay.device
+    return max(1, torch.cuda.get_device_properties(device).multi_processor_count // programs)

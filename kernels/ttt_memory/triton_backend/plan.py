@@ -25,10 +25,11 @@ class ScanPlan:
     steps: tuple[int, ...]
     """[steps + 1] where each step's chunks begin in `chunks`."""
     blocks: Tensor
-    """[P, 3] slot, first new token, number of tokens (at most the block's): who reads what, ordered
-    by slot."""
-    block_range: Tensor
-    """[slots + 1] where each slot's blocks begin in `blocks`."""
+    """[P, 3] slot, first new token, number of tokens (at most the block's): who reads what."""
+    spans: Tensor
+    """[Q, 3] the same before they are cut into blocks, ordered by slot."""
+    span_range: Tensor
+    """[slots + 1] where each slot's spans begin in `spans`."""
     num_slots: int
     initial_rows: Tensor
     """[I] the row whose initial state slot i < I holds; -1: the initial weights, for all fresh rows
@@ -103,20 +104,25 @@ def make_plan(
     first_token = stream_start[rows_of] + steps_of * chunk_size
     chunks = np.stack([slot_before, slot_after, first_token], 1).reshape(-1, 3)
 
-    # reads: new tokens, cut at chunks and at blocks
-    blocks = []
+    # reads: new tokens, cut at chunks, and then at blocks
+    found = []
     for row in range(num_rows):
         position, end = int(held[row]), int(total[row])
         while position < end:
             chunk = position // chunk_size
-            stop = min(end, (chunk + 1) * chunk_size, position + block_tokens)
+            stop = min(end, (chunk + 1) * chunk_size)
             token = int(begins[row]) + position - int(held[row])
-            blocks.append((int(slots[row][chunk]), token, stop - position))
+            found.append((int(slots[row][chunk]), token, stop - position))
             position = stop
-    blocks.sort()
-    block_array = np.asarray(blocks, dtype=np.int64).reshape(-1, 3)
+    found.sort()
+    spans = np.asarray(found, dtype=np.int64).reshape(-1, 3)
+    cuts = -(-spans[:, 2] // block_tokens)
+    blocks = np.repeat(spans, cuts, axis=0)
+    skipped = (np.arange(len(blocks)) - np.repeat(np.cumsum(cuts) - cuts, cuts)) * block_tokens
+    blocks[:, 1] += skipped
+    blocks[:, 2] = np.minimum(blocks[:, 2] - skipped, block_tokens)
     num_slots = num_initial + len(rows_of)
-    block_range = np.searchsorted(block_array[:, 0], np.arange(num_slots + 1))
+    span_range = np.searchsorted(spans[:, 0], np.arange(num_slots + 1))
 
     stream = None
     if held.any():
@@ -137,8 +143,9 @@ def make_plan(
     return ScanPlan(
         chunks=tensor(chunks),
         steps=tuple(steps),
-        blocks=tensor(block_array),
-        block_range=tensor(block_range),
+        blocks=tensor(blocks),
+        spans=tensor(spans),
+        span_range=tensor(span_range),
         num_slots=num_slots,
         initial_rows=tensor(initial_rows),
         final_slots=tensor(np.array([slot[-1] for slot in slots])),

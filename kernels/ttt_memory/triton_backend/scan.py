@@ -93,7 +93,7 @@ def memory_scan(
     else:  # filled on the device: a copy would wait for it
         rate = torch.full((heads,), decay or 0.0, device=device)
     call = Call(
-        sizes=Sizes(heads, weights.gate.shape[-2], width),
+        sizes=Sizes(heads, weights.gate.shape[-2], width, chunk_size, _dtype(q, k, v)),
         chunk_size=chunk_size,
         clip=clip,
         decay=rate,
@@ -103,6 +103,11 @@ def memory_scan(
     with torch.autocast(device.type, enabled=False):
         out, after = cutter.scan(flat, state, starts, pending, return_state)
     return out.reshape(shape), after
+
+
+def _dtype(q: Tensor, k: Tensor, v: Tensor) -> torch.dtype:
+    """In which tokens meet weights."""
+    return torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
 
 
 Flat = tuple[Tensor, ...]  # q, k, v [N, H, K], eta [N, H, 3], mu [N, H]
@@ -183,7 +188,7 @@ class _Cutter:
     ) -> tuple[Tensor, MemoryState | None]:  # fmt: skip
         """Rows whose states fit; `keep`: for the backward pass too."""
         q, k, v, eta, mu = flat
-        dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
+        dtype = self.call.sizes.dtype
         eta, mu = eta.float(), mu.float()
         slots = 0 if state is None else state.pending_k.shape[1]
         plan = make_plan(
