@@ -72,6 +72,7 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--ops", nargs="+", choices=OPS, default=OPS)
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), help="default: as listed")
     parser.add_argument("--tokens", type=int, nargs="+", help="only these lengths")
+    parser.add_argument("--names", nargs="+", help="only versions whose name begins so")
     parser.add_argument("--tiny", action="store_true", help="sizes of a test: some seconds")
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile")
     parser.add_argument("--budget-s", type=float, default=900.0, help="start no group after it")
@@ -127,6 +128,9 @@ def main(words: Sequence[str] | None = None) -> int:
             op, SHAPES[shape], batch=batch, tokens=tokens, backward=backward, device=device,
             dtype=dtype, compiled=not given.no_compile, spoil=given.spoil,
         )  # fmt: skip
+        if given.names:
+            chosen = tuple(given.names)
+            contest.contenders = [c for c in contest.contenders if c.name.startswith(chosen)]
         if time.monotonic() - begin > given.budget_s:
             for one in contest.contenders:
                 if not results.has(contest.case["group"], one.name):
@@ -135,6 +139,8 @@ def main(words: Sequence[str] | None = None) -> int:
             continue
         contest.run(watch, ceilings, results, given.group_s)
         del contest
+        # PyTorch stops compiling a function at its eighth shape, and FlexAttention then forms T x T
+        torch._dynamo.reset()
         if device.type == "cuda":
             torch.cuda.empty_cache()
     results.write()

@@ -146,6 +146,7 @@ class Bench:
     def drop_model(self) -> None:
         """Gives its memory back."""
         self._model = None
+        torch._dynamo.reset()  # PyTorch stops compiling a function at its eighth shape
         if self.cuda:
             torch.cuda.empty_cache()
 

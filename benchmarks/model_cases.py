@@ -244,7 +244,8 @@ def check_error(
 
     A text of several windows and chunks is read in odd pieces and continued token by token; the
     logits are compared with those of one call over the whole text without a cache, on the CPU in
-    float32 (float64 for float32 models), with the same weights. `times` makes them wrong, for tests.
+    float32 (float64 for float32 models), with the same weights. `times` makes the logits
+    wrong, for tests.
     """
     window = min(shape.window_size, 512)
     small = replace(

@@ -1,0 +1,103 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one command: tests first, then speeds, what is worth most first.
+#
+#   bash benchmarks/gpu.sh [OUT] [--budget-s SECONDS] [--fresh] [--dry]
+#
+# OUT (default runs/bench_gpu) gets tests.log, sanitizer.log, kernels_gpu.json, models_gpu.json, their
+# plots, targets.json and summary.txt. Results are written as they are measured: a run that is cut
+# off keeps them, and the same command goes on with what is missing. --budget-s (default 1500) is for
+# all parts together; give 540 where a command may run ten minutes. --dry runs every part on the CPU
+# at tiny sizes. Installs nothing: PYTHON (default .venv/bin/python where it is, else python3) has
+# PyTorch, Triton, transformers and pytest; without megatron-core the training step is left out, and
+# without flash-linear-attention its row.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+
+out=runs/bench_gpu budget=1500 dry="" fresh=""
+while [ $# -gt 0 ]; do
+  case "$1" in
+    --budget-s) budget="$2"; shift 2 ;;
+    --dry) dry=1; shift ;;
+    --fresh) fresh=--fresh; shift ;;
+    -h|--help) sed -n '2,14p' "$0" | sed 's/^# \{0,1\}//'; exit 0 ;;
+    -*) echo "error: $1 is no option; see bash benchmarks/gpu.sh --help" >&2; exit 2 ;;
+    *) out="$1"; shift ;;
+  esac
+done
+default=python3
+[ -x .venv/bin/python ] && default=.venv/bin/python
+python="${PYTHON:-$default}"
+mkdir -p "$out"
+start=$SECONDS
+status=0
+export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
+
+left() { echo $((budget - (SECONDS - start))); }
+least() { echo $(($1 < $2 ? $1 : $2)); }
+part() { echo; echo "== $1 ($(left) s left)"; }
+done_before() { [ -z "$fresh" ] && [ -e "$out/$1.done" ] && echo "done before: $out/$1.log"; }
+failed() { echo "FAILED: $1"; status=1; }
+
+if [ -z "$dry" ]; then
+  "$python" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || {
+    echo "error: $python sees no CUDA device; --dry runs the same on the CPU" >&2
+    exit 2
+  }
+  device=cuda suffix=gpu kernels="" models=""
+else
+  device=cpu suffix=dry kernels="--tiny --no-compile --group-s 0.2"
+  models="--tiny --repeat-s 0.2 --batches 1 --mixers allmem full training"
+fi
+
+part "tests on the device"
+if ! done_before tests; then
+  if [ -n "$dry" ]; then
+    tests="tests/benchmarks/test_schedule.py"
+  else
+    # the folders whose tests need no other package than the kernels; the rest where Megatron is
+    tests="tests/kernels tests/allmem_hf"
+    "$python" -c 'import megatron.core' 2> /dev/null && tests="tests"
+    tests="$tests -m gpu --continue-on-collection-errors"
+    "$python" -c 'import xdist' 2> /dev/null && tests="$tests -n 6"  # most of it is compiling
+  fi
+  timeout "$(least "$(($(left) / 2))" 420)" "$python" -m pytest $tests -q -p no:cacheprovider \
+    > "$out/tests.log" 2>&1
+  code=$?
+  tail -n 15 "$out/tests.log"
+  if [ $code -eq 0 ]; then
+    touch "$out/tests.done"
+  else
+    failed "tests (exit status $code), see $out/tests.log"
+  fi
+fi
+
+part "compute-sanitizer on small shapes"
+if [ -n "$dry" ] || ! command -v compute-sanitizer > /dev/null; then
+  echo "left out: no compute-sanitizer here, or a dry run" | tee "$out/sanitizer.log"
+elif ! done_before sanitizer; then
+  for tool in memcheck racecheck; do
+    echo "-- $tool"
+    timeout "$(least "$(left)" 150)" compute-sanitizer --tool "$tool" --error-exitcode 9 \
+      "$python" -m benchmarks.kernels --device cuda --tiny --ops memory \
+      --names triton --group-s 0.01 --fresh --out "$out/sanitizer_$tool.json"
+    code=$?
+    [ $code -eq 0 ] || failed "compute-sanitizer $tool (exit status $code)"
+  done > "$out/sanitizer.log" 2>&1
+  grep -E "ERROR SUMMARY|FAILED|RACECHECK" "$out/sanitizer.log"
+  if grep -q FAILED "$out/sanitizer.log"; then status=1; else touch "$out/sanitizer.done"; fi
+fi
+
+# Kernels get at most two fifths of what is left, so that a short run has models too.
+part "kernels"
+"$python" -m benchmarks.kernels --device $device $kernels $fresh \
+  --budget-s "$(($(left) * 2 / 5))" --out "$out/kernels_$suffix.json" || failed "kernels"
+part "models"
+"$python" -m benchmarks.models --device $device $models $fresh \
+  --budget-s "$(($(left) - 20))" --out "$out/models_$suffix.json" || failed "models"
+
+part "targets"
+"$python" -m benchmarks.targets --kernels "$out/kernels_$suffix.json" \
+  --models "$out/models_$suffix.json" --out "$out/targets.json" | tee "$out/summary.txt"
+echo
+echo "results in $out after $((SECONDS - start)) s; to keep them: cp $out/*_$suffix.* $out/targets.json benchmarks/results/"
+exit $status

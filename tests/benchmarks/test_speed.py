@@ -1,0 +1,185 @@
+"""The speed benchmarks: what is wrong is refused, runs go on, and ratios hold on any machine.
+
+Ratios are of CPU seconds, and medians of interleaved repeats, so that other programs on the machine
+hardly change them.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import kernels, models
+from benchmarks.kernel_cases import make_contest
+from benchmarks.measure import ROOT, Ceilings, Stopwatch
+from benchmarks.model_cases import ConstantReader, FullReader, build, check_error
+from benchmarks.rows import Results, measured
+from benchmarks.shapes import SHAPES
+
+CPU = torch.device("cpu")
+CEILINGS = Ceilings(flops=1e10, bandwidth=1e10, dtype="float32")
+
+
+def rows_of(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
+    found = json.loads(path.read_text("utf-8"))["rows"]
+    return {(row["group"], row["name"]): row for row in found}
+
+
+@pytest.mark.parametrize("op", ["memory", "attention", "mixer"])
+def test_a_wrong_version_is_refused_and_the_others_are_measured(op: str, tmp_path: Path) -> None:
+    spoiled = {"memory": "plain", "attention": "window: plain", "mixer": "allmem: plain"}[op]
+    contest = make_contest(
+        op, SHAPES["tiny"], batch=1, tokens=50, backward=True, device=CPU, dtype=torch.float32,
+        compiled=False, spoil=spoiled,
+    )  # fmt: skip
+    results = Results(tmp_path / "rows.json", {})
+    contest.run(Stopwatch(CPU), CEILINGS, results, 0.01)
+    rows = {row["name"]: row for row in results.rows.values()}
+    assert rows[spoiled]["status"] == "refused"
+    assert "seconds" not in rows[spoiled]
+    assert "tokens_per_s" not in rows[spoiled]
+    right = [row for row in rows.values() if row["status"] == "measured"]
+    assert right
+    assert all(row["seconds"] > 0 and row["error"] <= row["error_bound"] for row in right)
+    assert all(row["why"] for row in rows.values() if row["status"] == "not measured")
+
+
+def test_gradients_alone_that_are_wrong_are_refused(tmp_path: Path) -> None:
+    contest = make_contest(
+        "memory", SHAPES["tiny"], batch=1, tokens=40, backward=True, device=CPU,
+        dtype=torch.float32, compiled=False,
+    )  # fmt: skip
+    plain = next(one for one in contest.contenders if one.name == "plain")
+
+    def half_of_the_gradient(leaves: dict[str, torch.Tensor]) -> torch.Tensor:
+        held = {**leaves, "eta": 0.5 * leaves["eta"] + 0.5 * leaves["eta"].detach()}
+        return plain.run(held)
+
+    contest.contenders = [replace(plain, run=half_of_the_gradient)]
+    results = Results(tmp_path / "rows.json", {})
+    contest.run(Stopwatch(CPU), CEILINGS, results, 0.01)
+    assert [row["status"] for row in results.rows.values()] == ["refused"]
+
+
+def test_commands_refuse_by_their_exit_status_and_go_on_where_they_were(tmp_path: Path) -> None:
+    out = tmp_path / "kernels.json"
+    words = ["--device", "cpu", "--tiny", "--no-compile", "--group-s", "0.01", "--out", str(out)]
+    assert kernels.main([*words, "--ops", "attention", "--spoil", "full: SDPA"]) == 1
+    before = rows_of(out)
+    assert {row["status"] for row in before.values()} == {"measured", "refused", "not measured"}
+    assert kernels.main([*words, "--ops", "attention", "memory", "--budget-s", "0"]) == 1
+    after = rows_of(out)
+    kept = [key for key, row in before.items() if row["status"] != "not measured"]
+    assert all(after[key] == before[key] for key in kept)
+    late = [row for (group, _), row in after.items() if group.startswith("memory")]
+    assert {row["why"] for row in late} == {"--budget-s=0 was over"}
+    assert out.with_suffix(".png").is_file()
+
+
+def test_a_wrong_model_is_refused(tmp_path: Path) -> None:
+    out = tmp_path / "models.json"
+    words = ["--device", "cpu", "--tiny", "--repeat-s", "0.01", "--batches", "1", "--out", str(out)]
+    assert models.main([*words, "--mixers", "swa", "full", "--spoil", "swa"]) == 1
+    status = {name: row["status"] for (_, name), row in rows_of(out).items()}
+    assert status == {"swa": "refused", "full": "measured"}
+
+
+def test_results_of_another_machine_are_not_mixed(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    Results(path, {"device": "one"}).write()
+    with pytest.raises(ValueError, match="holds results of device=one, and this is other"):
+        Results(path, {"device": "other"})
+    Results(path, {"device": "other"}, fresh=True)
+
+
+def test_times_and_floors_of_a_row_agree() -> None:
+    from benchmarks.measure import Timing, Work
+
+    timing = Timing(seconds=2.0, least=1.0, most=3.0, cpu_seconds=None, repeats=3)
+    case = {"group": "g", "tokens": 100, "batch": 4}
+    row = measured(case, "it", timing, Work(flops=1e10, bytes=1e9), CEILINGS)
+    assert (row["floor_s"], row["floor_by"], row["times_floor"]) == (1.0, "FLOPs", 2.0)
+    assert row["tokens_per_s"] == 200.0
+
+
+@pytest.mark.parametrize("mixer", ["allmem", "full", "swa", "mamba2"])
+def test_models_of_the_benchmark_pass_their_own_check(mixer: str) -> None:
+    assert check_error(SHAPES["tiny"], mixer, CPU, torch.float32) < 1e-5
+
+
+def prefill_call(tokens: int) -> Any:
+    reader = ConstantReader(MODEL, 64)
+    ids = torch.randint(0, 97, (1, tokens))
+
+    def call() -> None:
+        reader.start(1, 0)
+        reader.feed(ids)
+
+    return call
+
+
+def decode_call(tokens: int) -> tuple[Any, ConstantReader]:
+    reader = ConstantReader(MODEL, 64)
+    reader.feed(torch.randint(0, 97, (1, tokens)))
+    current = torch.zeros(1, 1, dtype=torch.int64)
+
+    def call() -> None:
+        for _ in range(4):
+            reader.feed(current)
+
+    return call, reader
+
+
+MODEL = build(SHAPES["tiny"], "allmem", CPU, torch.float32)
+
+
+def test_seconds_a_token_of_prefill_do_not_grow_with_the_text() -> None:
+    calls = {tokens: prefill_call(tokens) for tokens in (512, 4096)}
+    names = {str(tokens): call for tokens, call in calls.items()}
+    timings = Stopwatch(CPU).interleaved(names, budget_s=1.5, least=3)
+    short, long = (timings[str(tokens)].steady / tokens for tokens in calls)
+    assert 0.5 < long / short < 1.6  # full attention, or a copied cache, would give 4 and more
+
+
+def test_seconds_of_a_decode_step_do_not_grow_with_the_text() -> None:
+    calls = {str(tokens): decode_call(tokens)[0] for tokens in (128, 4096)}
+    timings = Stopwatch(CPU).interleaved(calls, budget_s=1.0, least=15)
+    ratio = timings["4096"].steady / timings["128"].steady
+    assert 0.5 < ratio < 1.6
+
+
+def test_bytes_of_the_state_are_the_same_at_every_length() -> None:
+    held = {tokens: decode_call(tokens)[1].cache_bytes for tokens in (64, 128, 1024, 4096)}
+    assert len(set(held.values())) == 1
+    growing = FullReader(build(SHAPES["tiny"], "full", CPU, torch.float32))
+    sizes = []
+    for tokens in (64, 128):
+        growing.start(1, tokens)
+        growing.feed(torch.randint(0, 97, (1, tokens)))
+        sizes.append(growing.cache_bytes)
+    assert sizes[1] == 2 * sizes[0]
+
+
+def test_the_command_for_a_gpu_runs_every_part(tmp_path: Path) -> None:
+    script = ["bash", "benchmarks/gpu.sh", str(tmp_path), "--budget-s", "300"]
+    environment = {"PYTHON": sys.executable, "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
+    first = subprocess.run(
+        [*script, "--dry"], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert first.returncode == 0, first.stdout + first.stderr
+    for name in ("kernels_dry.json", "models_dry.json", "targets.json", "tests.log"):
+        assert (tmp_path / name).is_file(), first.stdout
+    assert "| cache at 128k, of full attention's | at most 1/23 |" in first.stdout
+    training = [key for key in rows_of(tmp_path / "models_dry.json") if "training" in key[0]]
+    assert len(training) == 4
+    if not torch.cuda.is_available():
+        refused = subprocess.run(script, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert refused.returncode == 2
+        assert "--dry runs the same on the CPU" in refused.stderr
