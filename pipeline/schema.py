@@ -13,6 +13,7 @@ from data_prep.config import PrepareConfig
 from evals.config import EvalConfig
 from pipeline.collecting.settings import CollectSettings
 from pipeline.planning.settings import PlanSettings
+from pipeline.submitting.settings import SlurmSettings
 from pipeline.train_schema import (
     AlignSettings,
     ConvertSettings,
@@ -350,6 +351,9 @@ class RunConfig:
 
     plan: PlanSettings = field(default_factory=PlanSettings)
     """What `stage=plan` plans for and assumes."""
+
+    slurm: SlurmSettings = field(default_factory=SlurmSettings)
+    """What `python -m pipeline.submit` asks Slurm for."""
 
     pretrain: PretrainSettings = field(default_factory=PretrainSettings)
     """Settings of the stage `pretrain`."""
