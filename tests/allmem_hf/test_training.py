@@ -83,8 +83,8 @@ def test_bfloat16_runs_and_stays_near_float32(tiny, tokens):
         new = model(tokens(2, 3), past_key_values=narrow.past_key_values).logits
     assert new.isfinite().all()
     layer = narrow.past_key_values.layers[0]
-    assert layer.state.weights.gate.dtype == torch.float32
-    assert layer.buffer[0].dtype == torch.bfloat16
+    assert layer.tensors["weights_gate"].dtype == torch.float32
+    assert layer.tensors["keys"].dtype == torch.bfloat16
     assert (narrow.logits.float() - wide).norm() < 0.2 * wide.norm()
 
 
