@@ -28,10 +28,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
 INSTALL = "apt-get install -y --no-install-recommends slurm-wlm slurm-wlm-basic-plugins munge"
-FINAL_STATES = frozenset(
-    ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL")
-    + ("OUT_OF_MEMORY", "TIMEOUT")
-)
+FINAL_STATES = {
+    *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL"),
+    *("OUT_OF_MEMORY", "TIMEOUT"),
+}
 _LOG_LINES = 30
 _SLURM_CONF = """\
 ClusterName=test
@@ -144,7 +144,7 @@ class SlurmCluster:
         """Cancel all jobs, stop all processes, remove the folder."""
         if "slurmctld" in self._daemons and self._daemons["slurmctld"].poll() is None:
             self.run("scancel", "--full", "--user=root", check=False)
-            self._poll(lambda: not self._processes(daemons=False), timeout_s=5)
+            self._poll(lambda: not self.processes(daemons=False), timeout_s=5)
         self._stop_daemons()
         shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -177,7 +177,7 @@ class SlurmCluster:
         gres = f" Gres=gpu:{self.gpus_per_node}" if self.gpus_per_node else ""
         lines = [
             f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} State=UNKNOWN "
-            f"CPUs={self.cpus_per_node} RealMemory=8000{gres}"
+            f"CPUs={self.cpus_per_node} RealMemory=512000{gres}"
             for node, port in zip(self.nodes, ports, strict=True)
         ]
         text = _SLURM_CONF.format(
@@ -211,7 +211,7 @@ class SlurmCluster:
 
     def _stop_daemons(self) -> None:
         for kind in (signal.SIGTERM, signal.SIGKILL):
-            for pid in self._processes(daemons=kind == signal.SIGKILL):
+            for pid in self.processes(daemons=kind == signal.SIGKILL):
                 _send(pid, kind)
             for daemon in self._daemons.values():
                 if daemon.poll() is None:
@@ -222,7 +222,7 @@ class SlurmCluster:
     def _daemons_ended(self) -> bool:
         return all(daemon.poll() is not None for daemon in self._daemons.values())
 
-    def _processes(self, *, node: str | None = None, daemons: bool) -> list[int]:
+    def processes(self, *, node: str | None = None, daemons: bool = False) -> list[int]:
         """Process ids that belong to this cluster (to one node) by their environment."""
         mark = f"SLURM_CONF={self.folder / 'slurm.conf'}".encode()
         places = {f"TEST_NODE={node}".encode(), f"SLURMD_NODENAME={node}".encode()}
@@ -336,7 +336,7 @@ class SlurmCluster:
             declare: tell the controller; otherwise it finds out by itself within half a minute.
         """
         self._daemons[node].kill()
-        for pid in self._processes(node=node, daemons=True):
+        for pid in self.processes(node=node, daemons=True):
             _send(pid, signal.SIGKILL)
         self._daemons[node].wait(timeout=10)
         if declare:

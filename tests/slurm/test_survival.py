@@ -1,0 +1,158 @@
+"""What a job survives: the time limit, a node that dies, a task that dies.
+
+All on a real Slurm of two nodes, one task each, with the tiny recipe.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.slurm.cluster import ROOT, SlurmCluster
+from tests.slurm.conftest import shape
+
+STEPS = 40
+SCRIPT = str(ROOT / "slurm" / "convert_qwen3_0_6b.sh")
+
+
+@pytest.fixture(scope="module")
+def words(tiny_words: list[str]) -> list[str]:
+    """`STEPS` steps of `pretrain`, long enough to be caught in the middle, with checkpoints."""
+    steps = [f"pretrain.steps={STEPS}", "pretrain.checkpoint_every=5", "pretrain.batch_size=16"]
+    return [*tiny_words, "stages=[prepare,pretrain]", *steps]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster: SlurmCluster, tmp_path_factory: pytest.TempPathFactory, words: list[str]):
+    """The run that nothing happens to: its folder."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    job = start(cluster, folder, words)
+    assert cluster.wait(job, timeout_s=170)["JobState"] == "COMPLETED", cluster.output(job)
+    return folder / "runs" / "tiny"
+
+
+def start(cluster: SlurmCluster, folder: Path, words: list[str], **env: str) -> str:
+    """Submit the job to two nodes."""
+    return cluster.sbatch(*shape(folder, nodes=2), SCRIPT, *words, cwd=folder, **env)
+
+
+def steps_of(run: Path) -> list[dict[str, Any]]:
+    path = run / "pretrain" / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def wait_for_step(cluster: SlurmCluster, job: str, run: Path, step: int) -> None:
+    """Wait until the job has done a step.
+
+    Raises:
+        TimeoutError: with the job's output.
+    """
+
+    deadline = time.monotonic() + 170
+    while (steps_of(run) or [{"step": 0}])[-1]["step"] < step:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"no step {step}; {cluster.job(job)}\n{cluster.output(job)}")
+        time.sleep(0.03)
+
+
+def mlflow_runs(run: Path) -> list[str]:
+    """Ids of all MLflow runs, the oldest first."""
+    query = "select run_uuid from runs order by start_time"
+    with sqlite3.connect(run / "mlflow.db") as database:
+        return [row[0] for row in database.execute(query)]
+
+
+def points_of(run: Path) -> Iterator[tuple[str, int]]:
+    """(run id, step) of every loss that MLflow keeps."""
+    with sqlite3.connect(run / "mlflow.db") as database:
+        yield from database.execute("select run_uuid, step from metrics where key='train/loss'")
+
+
+def test_a_stopped_requeued_job_that_loses_a_node_has_the_losses_of_an_undisturbed_one(
+    cluster: SlurmCluster, undisturbed: Path, tmp_path: Path, words: list[str]
+) -> None:
+    run = tmp_path / "runs" / "tiny"
+    job = start(cluster, tmp_path, words)
+    wait_for_step(cluster, job, run, 3)
+    first_runs = mlflow_runs(run)
+    cluster.run("scancel", "--batch", "--signal=USR1", job)  # as --signal=B:USR1@… before the limit
+    cluster.wait_for(job, lambda it: it["Restarts"] == "1")
+    saved = steps_of(run)[-1]["step"]
+    wait_for_step(cluster, job, run, saved + 6)
+    cluster.kill_node("node2")
+    cluster.wait_for(job, lambda it: it["Restarts"] == "2")
+    cluster.start_node("node2")
+    ended = cluster.wait(job, timeout_s=170)
+    output = cluster.output(job)
+    assert ended["JobState"] == "COMPLETED", output
+    assert "SIGUSR1: stops and saves" in output
+    assert f"going on after step {saved}" in output
+    assert "restart 2, nodes node1,node2" in output
+
+    wanted, found = steps_of(undisturbed), steps_of(run)
+    assert [line["step"] for line in found] == list(range(1, STEPS + 1))
+    assert [line["train/loss"] for line in found] == [line["train/loss"] for line in wanted]
+    assert mlflow_runs(run)[: len(first_runs)] == first_runs
+    assert len(mlflow_runs(run)) == len(mlflow_runs(undisturbed))
+    points = list(points_of(run))
+    assert len(points) == len(set(points))
+    assert not list(Path(cluster.env["ALLMEM_SCRATCH"]).iterdir())
+
+
+def test_one_dead_task_fails_the_job_within_seconds(
+    cluster: SlurmCluster, undisturbed: Path, tmp_path: Path, words: list[str]
+) -> None:
+    run = tmp_path / "runs" / "tiny"
+    run.mkdir(parents=True)
+    (run / "prepare").symlink_to(undisturbed / "prepare")
+    job = start(cluster, tmp_path, [*words, "pretrain.steps=100000"], ALLMEM_MAX_FAILURES="0")
+    wait_for_step(cluster, job, run, 2)
+    (task,) = tasks_of(cluster, "node2")
+    os.kill(task, signal.SIGKILL)
+    started = time.monotonic()
+    ended = cluster.wait(job, timeout_s=60)
+    assert time.monotonic() - started < 30
+    assert ended["JobState"] == "FAILED"
+    assert ended["Restarts"] == "0"
+    output = cluster.output(job)
+    assert "node2: task 1: Killed" in output
+    assert "1 times without a checkpoint between" in output
+
+
+@pytest.mark.slow
+def test_a_cancelled_job_is_not_requeued(
+    cluster: SlurmCluster, undisturbed: Path, tmp_path: Path, words: list[str]
+) -> None:
+    run = tmp_path / "runs" / "tiny"
+    run.mkdir(parents=True)
+    (run / "prepare").symlink_to(undisturbed / "prepare")
+    job = start(cluster, tmp_path, [*words, "pretrain.steps=100000"])
+    wait_for_step(cluster, job, run, 2)
+    cluster.run("scancel", job)
+    ended = cluster.wait(job, timeout_s=60)
+    assert ended["JobState"] == "CANCELLED"
+    time.sleep(2)
+    ended = cluster.job(job)
+    assert (ended["JobState"], ended["Restarts"]) == ("CANCELLED", "0")
+
+
+def tasks_of(cluster: SlurmCluster, node: str) -> list[int]:
+    """Process ids of the pipeline's tasks on a node."""
+    found = []
+    for pid in cluster.processes(node=node):
+        shown = subprocess.run(
+            ["ps", "-o", "args=", "-p", str(pid)], capture_output=True, text=True, timeout=10
+        )
+        if shown.stdout.startswith("python -m pipeline.run"):
+            found.append(pid)
+    return found
