@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from allmem_megatron.model import build_model
 from data_prep.config import PrepareConfig
 from data_prep.sample import Sample
 from data_prep.shards import Manifest, write_shard
-from evals.config import EvalConfig
+from evals.config import EvalConfig, GenerationConfig
+from evals.task import SuiteConfig
 from pipeline.checkpoint import save_checkpoint
 from pipeline.console import Reporter
 from pipeline.context import StageContext
@@ -118,7 +120,7 @@ class TinyRun:
     def train(self, entry: str, *, alpha: float, seed: int = 1, step: int = 7) -> None:
         """Write the checkpoint of a finished conversion: a random branch with this alpha."""
         branch = "mamba2" if entry.endswith("@mamba2") else "allmem"
-        model = build_model(BASE, branch=branch, memory=MEMORY, seed=seed)
+        model = build_model(self.base, branch=branch, memory=MEMORY, seed=seed)
         with torch.no_grad():
             for mixer in model.mixers():
                 mixer.memory.alpha.fill_(alpha)
@@ -172,9 +174,104 @@ class TinyRun:
         return results
 
 
+WORDS = ("river", "house", "old", "man", "sea", "wind", "stone", "walked", "under", "green")
+TEXT_BASE = dataclasses.replace(BASE, vocab_size=257, max_position_embeddings=700)
+END = "<|end|>"
+
+
+def save_byte_tokenizer(folder: Path) -> None:
+    """256 bytes and an end token, without merges."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(
+        models.BPE(vocab={x: i for i, x in enumerate([*letters, END])}, merges=[])
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([END])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END)
+    fast.save_pretrained(folder)
+
+
+def write_questions(folder: Path, name: str, count: int, seed: int = 0) -> None:
+    """A data file in LongBench's format; every third context is longer than the model takes."""
+    rng = random.Random(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f"{name}.jsonl").open("w") as file:
+        for index in range(count):
+            words = [rng.choice(WORDS) for _ in range(300 if index % 3 == 2 else 12 + index)]
+            record = {
+                "input": "Where did the man walk?",
+                "context": " ".join(words),
+                "answers": ["under the old stone"],
+                "length": len(words),
+                "dataset": name,
+                "language": "en",
+                "all_classes": None,
+                "_id": f"{name}-{index}",
+            }
+            file.write(json.dumps(record) + "\n")
+
+
+class TaskRun(TinyRun):
+    """A tiny run whose model reads bytes, with trained branches and questions."""
+
+    base = TEXT_BASE
+
+    def prepare(self) -> None:
+        """Write model, tokenizer, branch and questions; no shards."""
+        model = build_model(TEXT_BASE, seed=0, init_std=0.3)
+        save_hf_dir(self.base_dir, TEXT_BASE, model_to_hf(model))
+        save_byte_tokenizer(self.base_dir)
+        self.train("convert", alpha=0.7)
+        write_questions(self.base_dir / "longbench", "2wikimqa", 9)
+
+    def task_config(
+        self, *, tasks: tuple[str, ...] = ("longbench/2wikimqa",), **changes: Any
+    ) -> RunConfig:
+        """Tasks alone, without documents; changes of the section `eval`."""
+        generation = changes.pop("generation", {})
+        settings: dict[str, Any] = {
+            "kinds": (),
+            "mixers": ("swa", "allmem"),
+            "timing_repeats": 0,
+            "suites": SuiteConfig(tasks=tasks, longbench_data=str(self.base_dir / "longbench")),
+            "generation": GenerationConfig(
+                **{"batch_size": 2, "prefill_chunk": 64, "resamples": 50, **generation}
+            ),
+            **changes,
+        }
+        config = self.config(stages=("prepare", "convert", "evaluate"))
+        data = dataclasses.replace(config.data, tokenizer=None)
+        settings = dataclasses.replace(EVAL, **settings)
+        return dataclasses.replace(config, data=data, eval=settings)
+
+    def journals(self) -> dict[str, list[str]]:
+        """`subject/id` of every journalled answer, by file."""
+        files = sorted((self.dir / "evaluate" / "journal").glob("*/*/*/rank_*.jsonl"))
+        return {
+            str(file): [
+                f"{file.parents[2].name}/{json.loads(line)['id']}"
+                for line in file.read_bytes().splitlines(keepends=True)
+                if line.endswith(b"\n")
+            ]
+            for file in files
+        }
+
+
 @pytest.fixture
 def tiny_run(tmp_path: Path) -> TinyRun:
     """A prepared run with nothing trained yet."""
     run = TinyRun(tmp_path)
+    run.prepare()
+    return run
+
+
+@pytest.fixture
+def task_run(tmp_path: Path) -> TaskRun:
+    """A tiny run with tokenizer, trained branch and LongBench questions."""
+    run = TaskRun(tmp_path)
     run.prepare()
     return run

@@ -1,0 +1,196 @@
+"""Tasks that generate: the right model answers, nothing is asked twice, controls stand beside."""
+
+import dataclasses
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from allmem_megatron.config import MixerSettings
+from evals.longbench import build as longbench_task
+from pipeline.evaluating.suites import TextTokenizer, prepare
+from pipeline.models import load_model
+from pipeline.tokenizer import open_tokenizer
+
+TASK = "longbench/2wikimqa"
+
+
+def answers(run: Any, subject: str) -> dict[str, str]:
+    """What a subject said, by example."""
+    files = (run.dir / "evaluate" / "journal" / subject).glob("*/*/rank_*.jsonl")
+    lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    assert len({line["id"] for line in lines}) == len(lines)
+    return {line["id"]: line["value"] for line in lines}
+
+
+def greedy(run: Any, config: Any, prompt: tuple[int, ...], **settings: Any) -> str:
+    """A continuation by the training model, the whole text anew for each token."""
+    branch = "none" if settings["mode"] in ("swa", "full") else "allmem"
+    model = load_model(config, run.dir, branch=branch, device=torch.device("cpu"))
+    mixer = MixerSettings(window_size=12, num_sinks=2, chunk_size=6, **settings)
+    tokenizer = open_tokenizer(config)
+    tokens = list(prompt)
+    for _ in range(32):
+        with torch.no_grad(), model.mixer(mixer):
+            hidden = model.hidden_states(torch.tensor([tokens]))[:, -1:]
+            token = int(model.logits(hidden)[0, -1].argmax())
+        if token == tokenizer.eos_token_id:
+            break
+        tokens.append(token)
+    return tokenizer.decode(tokens[len(prompt) :], skip_special_tokens=True)
+
+
+def test_every_subject_answers_with_its_own_mixer_and_controls_stand_beside(
+    task_run: Any,
+) -> None:
+    config = task_run.task_config(mixers=("full", "swa", "allmem"))
+    results = task_run.evaluate(config)
+    assert list(results["controls"]) == ["memory_off", "write_off", "state_shuffled"]
+    for row in (*results["mixers"].values(), *results["controls"].values()):
+        counts = [row[TASK][name] for name in ("n", "num_truncated", "num_refused")]
+        assert counts == [9, 3, 0]
+        assert 0 <= row[TASK]["f1"] <= 100
+        assert set(row[f"{TASK}_by_length"]) == {"256-511", "512-1023"}
+    assert results["tasks"][TASK]["prompts"].startswith("upstream")
+    assert results["config"]["max_positions"] == 700
+    assert results["mixers"]["allmem"]["alpha_by_layer"] == pytest.approx({"0": 0.7, "1": 0.7})
+    said = {name: answers(task_run, name) for name in (*results["mixers"], *results["controls"])}
+    assert said["memory_off"] == said["swa"]
+    different = ("full", "swa", "allmem", "write_off", "state_shuffled")
+    assert len({json.dumps(said[name], sort_keys=True) for name in different}) == 5
+    task = longbench_task(
+        "2wikimqa", data=str(task_run.base_dir / "longbench"), prompts="", max_examples=4
+    )
+    prompts = prepare(
+        task, TextTokenizer(open_tokenizer(config)), max_positions=700, chat_template=None
+    )
+    for place in (0, 2):  # the second one had lost its middle
+        prompt, name = prompts.prompts[place], prompts.examples[place].id
+        assert len(prompt) <= 700 - 32
+        assert said["full"][name] == greedy(task_run, config, prompt, mode="full")
+        assert said["swa"][name] == greedy(task_run, config, prompt, mode="swa")
+        assert said["allmem"][name] == greedy(task_run, config, prompt, mode="allmem")
+        off = greedy(task_run, config, prompt, mode="allmem", write_off=True)
+        assert said["write_off"][name] == off
+
+
+def test_greedy_answers_are_the_same_twice_and_samplings_have_seeds_and_an_error(
+    task_run: Any,
+) -> None:
+    config = task_run.task_config(controls=(), mixers=("allmem",))
+    task_run.evaluate(config)
+    first = answers(task_run, "allmem")
+    (task_run.dir / "evaluate").rename(task_run.dir / "before")
+    task_run.evaluate(config)
+    assert answers(task_run, "allmem") == first
+
+    drawn = {"temperature": 1.0, "num_samples": 2, "batch_size": 3}
+    sampled = task_run.task_config(controls=(), mixers=("allmem",), generation=drawn)
+    rows = []
+    for _ in range(2):
+        results = task_run.evaluate(sampled)
+        journal = task_run.dir / "evaluate" / "journal" / "allmem"
+        lines = [
+            json.loads(line)
+            for file in journal.glob("*/*/rank_*.jsonl")
+            for line in file.read_text().splitlines()
+        ]
+        rows.append({(x["id"], x["sample"], x["asked"]): x["value"] for x in lines})
+        (task_run.dir / "evaluate").rename(task_run.dir / f"before{len(rows)}")
+    assert results["mixers"]["allmem"][TASK]["n"] == 9
+    assert results["mixers"]["allmem"][TASK]["stderr"] >= 0
+    both = {key: value for key, value in rows[1].items() if key in rows[0]}
+    assert both == rows[1]
+    assert len(both) == 18
+    texts = {}
+    for (name, sample, _), text in rows[1].items():
+        texts.setdefault(name, {})[sample] = text
+    assert all(said[0] != said[1] for said in texts.values())
+
+
+def start_rank(folder: Path, **environment: str) -> subprocess.Popen[bytes]:
+    worker = Path(__file__).with_name("rank_worker.py")
+    root = str(worker.parents[2])
+    return subprocess.Popen(
+        [sys.executable, str(worker), str(folder), "tasks"],
+        env={**os.environ, "PYTHONPATH": root, **environment},
+        stderr=subprocess.PIPE,
+    )
+
+
+def test_a_killed_evaluation_goes_on_with_two_ranks_and_repeats_nothing(
+    task_run: Any, tmp_path: Path
+) -> None:
+    process = start_rank(tmp_path)
+    deadline = time.monotonic() + 90
+    while sum(map(len, task_run.journals().values())) < 5:
+        assert process.poll() is None, "ended before it was killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    before = {name: Path(name).read_bytes() for name in task_run.journals()}
+    torn = sorted(before)[-1]
+    with Path(torn).open("ab") as file:
+        file.write(b'{"id": "2wikimqa-8", "sam')  # killed in the middle of a line
+    finished = [name for names in task_run.journals().values() for name in names]
+    assert 5 <= len(finished) < 45
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    launcher = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    ranks = [start_rank(tmp_path, **launcher, RANK=rank, LOCAL_RANK=rank) for rank in ("0", "1")]
+    said = [process.communicate(timeout=120)[1].decode() for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], said
+    assert "answers are kept from before" in said[0]
+
+    after = task_run.journals()
+    names = [name for found in after.values() for name in found]
+    assert len(names) == len(set(names)) == 5 * 9  # swa, allmem and three controls
+    for name, content in before.items():
+        assert Path(name).read_bytes().startswith(content)
+    assert any("rank_00001" in name for name in after)
+
+    resumed = json.loads((task_run.dir / "evaluate/results.json").read_text())
+    (task_run.dir / "evaluate").rename(task_run.dir / "killed")
+    undisturbed = task_run.evaluate(task_run.task_config())
+    for rows in ("mixers", "controls"):
+        for name, tasks in undisturbed[rows].items():
+            for task in (TASK, f"{TASK}_by_length"):
+                assert resumed[rows][name][task] == tasks[task], (name, task)
+
+
+def test_other_weights_settings_or_prompts_are_asked_anew(task_run: Any) -> None:
+    config = task_run.task_config(controls=(), mixers=("allmem",))
+    task_run.evaluate(config)
+    first = sum(map(len, task_run.journals().values()))
+    task_run.evaluate(config)
+    assert sum(map(len, task_run.journals().values())) == first == 9
+    task_run.train("convert", alpha=0.2)
+    task_run.evaluate(config)
+    assert sum(map(len, task_run.journals().values())) == 18
+    narrow = dataclasses.replace(config, eval=dataclasses.replace(config.eval, window_size=10))
+    task_run.evaluate(narrow)
+    assert sum(map(len, task_run.journals().values())) == 27
+    file = task_run.base_dir / "longbench" / "2wikimqa.jsonl"
+    file.write_text(file.read_text().replace("Where did", "Where, then, did", 1))
+    task_run.evaluate(narrow)
+    assert sum(map(len, task_run.journals().values())) == 28
+
+
+def test_what_cannot_be_asked_is_said_in_one_line(task_run: Any) -> None:
+    with pytest.raises(ValueError, match=r"max_positions=9999 exceeds .*=700; set it to 700"):
+        task_run.evaluate(task_run.task_config(generation={"max_positions": 9999}))
+    with pytest.raises(ValueError, match="did you mean 'longbench/2wikimqa'"):
+        task_run.evaluate(task_run.task_config(tasks=("longbench/2wikimqu",)))
+    with pytest.raises(ValueError, match=r"chat=always but the tokenizer has no chat template"):
+        task_run.evaluate(task_run.task_config(generation={"chat": "always"}))
