@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from evals import infinitebench, longbench, lveval
+from evals import infinitebench, longbench, lveval, recall_tasks, ruler
 from evals.example import SuiteTask, Tokenizer
 from evals.task import SuiteConfig
 
@@ -20,6 +20,8 @@ def names(config: SuiteConfig) -> list[str]:
         "longbench": longbench.names(),
         "infinitebench": infinitebench.names(),
         "lveval": lveval.names(),
+        "ruler": ruler.names(config.lengths),
+        "recall": recall_tasks.names(config.lengths),
     }
     return [f"{suite}/{name}" for suite, members in found.items() for name in members]
 
@@ -45,9 +47,31 @@ def build(full_name: str, config: SuiteConfig, tokenizer: Tokenizer | None) -> S
             prompts=config.infinitebench_prompts,
             max_examples=config.max_examples,
         )
-    return lveval.build(
+    if suite == "lveval":
+        return lveval.build(
+            name,
+            data=config.lveval_data,
+            prompts=config.lveval_prompts,
+            max_examples=config.max_examples,
+        )
+    if tokenizer is None:
+        raise ValueError(
+            f"{full_name} is generated at a length in tokens and needs a tokenizer; "
+            "give build_tasks the model's"
+        )
+    if suite == "ruler":
+        return ruler.build(
+            name,
+            data=config.ruler_data,
+            tokenizer=tokenizer,
+            samples=config.samples,
+            seed=config.seed,
+            max_examples=config.max_examples,
+        )
+    return recall_tasks.build(
         name,
-        data=config.lveval_data,
-        prompts=config.lveval_prompts,
+        tokenizer=tokenizer,
+        samples=config.samples,
+        seed=config.seed,
         max_examples=config.max_examples,
     )
