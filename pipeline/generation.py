@@ -7,13 +7,15 @@ joined into one batch for decoding; a row that ends makes room for the next prom
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from allmem_hf import AllMemCache, AllMemForCausalLM
+from pipeline.generation_choice import StopTexts, choose
 
 Advance = Callable[[int, int], None]
 """Told of a prefill's progress: tokens read, and tokens in all."""
@@ -31,6 +33,21 @@ class Generation:
     """Tokens of the prompt."""
     stop_id: int | None = None
     """The stop id that came, which is not among `tokens`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """Where a row stands after the tokens that were read."""
+
+    hidden: Tensor
+    """[1, D], the last token's final hidden state: the next token's logits follow from it."""
+    cache: AllMemCache
+    """Of one row."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens read."""
+        return self.cache.host_lengths[0]
 
 
 @dataclass(kw_only=True, eq=False)
@@ -80,36 +97,39 @@ class Generator:
 
     # ------------------------------------------------------------------------------- reading
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def read(
         self,
         tokens: Sequence[int],
-        cache: AllMemCache | None = None,
+        start: Reading | None = None,
         *,
         advance: Advance | None = None,
-    ) -> tuple[Tensor, AllMemCache]:
+    ) -> Reading:
         """Read one row's tokens, piece by piece.
 
         Args:
-            tokens: at least one.
-            cache: of one row, to go on from, changed in place; None: a new one.
+            tokens: at least one, or none after a `start`.
+            start: where to go on from; it stays as it is. None: a new row.
             advance: told after each piece.
 
-        Returns:
-            logits `[V]` float32 for the next token, and the cache.
-
         Raises:
-            ValueError: no token.
+            ValueError: no token at all.
         """
-        if not tokens:
+        if start is None and not tokens:
             raise ValueError("the prompt has no token; give at least one (a document start)")
-        cache = AllMemCache(self.model.config) if cache is None else cache
-        hidden = torch.empty(0)
+        cache = AllMemCache(self.model.config) if start is None else start.cache.take([0])
+        hidden = torch.empty(0) if start is None else start.hidden
         for done, piece in self._pieces(tokens):
             hidden = self._hidden(piece, cache)[:, -1]
             if advance is not None:
                 advance(done, len(tokens))
-        return self.model.lm_head(hidden)[0].float(), cache
+        return Reading(hidden=hidden, cache=cache)
+
+    @torch.no_grad()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits `[N, V]` float32 of final hidden states `[N, D]`."""
+        logits: Tensor = self.model.lm_head(hidden).float()
+        return logits
 
     def _pieces(self, tokens: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
         for start in range(0, len(tokens), self.prefill_chunk):
@@ -140,6 +160,7 @@ class Generator:
         stop_texts: Sequence[str] | Sequence[Sequence[str]] = (),
         decode: Callable[[list[int]], str] | None = None,
         on_token: Callable[[int, int], None] | None = None,
+        starts: Sequence[Reading] | None = None,
     ) -> list[Generation]:
         """Continue each prompt.
 
@@ -154,6 +175,7 @@ class Generator:
                 (the token stays; cut the text before showing it).
             decode: ids to text; needed for `stop_texts`.
             on_token: told each new token: the prompt's index and the token; stop ids excluded.
+            starts: what each prompt goes on from, unchanged by it; prompts may then be empty.
 
         Returns:
             one `Generation` a prompt, in their order.
@@ -161,13 +183,15 @@ class Generator:
         Raises:
             ValueError: settings that do not fit the prompts or each other.
         """
-        self._check(prompts, max_new_tokens, temperature, top_p, seeds, bool(stop_texts), decode)
+        self._check(prompts, temperature, top_p, bool(stop_texts), decode)
+        given = {"max_new_tokens": max_new_tokens, "seeds": seeds, "starts": starts}
+        _check_counts(len(prompts), given)
         limits = (
             [max_new_tokens] * len(prompts)
             if isinstance(max_new_tokens, int)
             else list(max_new_tokens)
         )
-        ends = _StopTexts(stop_texts, len(prompts), decode)
+        ends = StopTexts(stop_texts, len(prompts), decode)
         results: dict[int, Generation] = {}
         waiting = iter(range(len(prompts)))
         rows: list[_Row] = []
@@ -175,20 +199,20 @@ class Generator:
         while True:
             fresh: list[AllMemCache] = []
             while len(rows) < self.max_batch and (index := next(waiting, None)) is not None:
-                logits, row_cache = self.read(prompts[index])
+                reading = self.read(prompts[index], None if starts is None else starts[index])
                 seed = index if seeds is None else seeds[index]
                 rows.append(
                     _Row(
                         index=index,
                         limit=limits[index],
                         prompt_tokens=len(prompts[index]),
-                        logits=logits,
+                        logits=self.logits(reading.hidden)[0],
                         random=torch.Generator().manual_seed(seed),
                     )
                 )
-                fresh.append(row_cache)
+                fresh.append(reading.cache)
             if fresh:
-                with torch.inference_mode():
+                with torch.no_grad():
                     cache = AllMemCache.cat([cache, *fresh] if cache is not None else fresh)
             if not rows or cache is None:
                 break
@@ -211,7 +235,7 @@ class Generator:
         stop_ids: frozenset[int],
         temperature: float,
         top_p: float,
-        ends: _StopTexts,
+        ends: StopTexts,
         on_token: Callable[[int, int], None] | None,
     ) -> list[_Row]:
         """Give each row its next token; the rows that go on."""
@@ -235,7 +259,7 @@ class Generator:
                 going.append(row)
         return going
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _advance(
         self, rows: list[_Row], going: list[_Row], cache: AllMemCache
     ) -> AllMemCache | None:
@@ -245,7 +269,7 @@ class Generator:
         if len(going) < len(rows):
             cache = cache.take([place for place, row in enumerate(rows) if row in going])
         ids = torch.tensor([[row.tokens[-1]] for row in going], device=self.device)
-        logits = self.model.lm_head(self._hidden(ids, cache)[:, -1]).float()
+        logits = self.logits(self._hidden(ids, cache)[:, -1])
         for row, row_logits in zip(going, logits, strict=True):
             row.logits = row_logits
         return cache
@@ -253,18 +277,13 @@ class Generator:
     @staticmethod
     def _check(
         prompts: Sequence[Sequence[int]],
-        max_new_tokens: int | Sequence[int],
         temperature: float,
         top_p: float,
-        seeds: Sequence[int] | None,
         has_stop_texts: bool,
         decode: Callable[[list[int]], str] | None,
     ) -> None:
-        for name, value in (("max_new_tokens", max_new_tokens), ("seeds", seeds)):
-            if value is not None and not isinstance(value, int) and len(value) != len(prompts):
-                raise ValueError(
-                    f"{len(value)} {name} do not fit {len(prompts)} prompts; give one a prompt"
-                )
+        if isinstance(prompts, str) or any(isinstance(prompt, str) for prompt in prompts):
+            raise ValueError("a prompt is text; give token ids, tokenizer(text)['input_ids']")
         if temperature < 0:
             raise ValueError(f"temperature={temperature} is negative; set it to 0 or more")
         if not 0 < top_p <= 1:
@@ -274,7 +293,7 @@ class Generator:
 
     # ------------------------------------------------------------------------------- scoring
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def loglikelihoods(
         self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]
     ) -> list[tuple[float, bool]]:
@@ -349,57 +368,15 @@ class Generator:
         total, greedy = 0.0, True
         ids = torch.tensor(list(targets), device=hidden.device)
         for part, wanted in zip(hidden.split(512), ids.split(512), strict=True):
-            logits = self.model.lm_head(part).float()
+            logits = self.logits(part)
             total += float(logits.log_softmax(-1).gather(1, wanted[:, None]).double().sum())
             greedy = greedy and bool((logits.argmax(-1) == wanted).all())
         return total, greedy
 
 
-def choose(logits: Tensor, drawn: Tensor, *, temperature: float, top_p: float = 1.0) -> Tensor:
-    """A token for each row of `logits` [R, V]: the likeliest, or by the number `drawn` [R].
-
-    Args:
-        logits: float32.
-        drawn: float64 in [0, 1), where on the cumulated probabilities a row's token lies.
-        temperature: 0 for the likeliest.
-        top_p: the likeliest tokens up to this probability together, at least one, are drawn from.
-    """
-    if temperature == 0:
-        return logits.argmax(-1)
-    probabilities = (logits.double() / temperature).softmax(-1)
-    probabilities, order = probabilities.sort(dim=-1, descending=True, stable=True)
-    total = probabilities.cumsum(-1)
-    probabilities = probabilities.masked_fill(total - probabilities >= top_p, 0)
-    total = probabilities.cumsum(-1)
-    point = drawn.to(total.device)[:, None] * total[:, -1:]
-    place = (total <= point).sum(-1, keepdim=True)
-    last = (probabilities > 0).sum(-1, keepdim=True) - 1
-    return order.gather(1, torch.minimum(place, last))[:, 0]
-
-
-class _StopTexts:
-    """Whether a row's text has reached one of its stop texts."""
-
-    def __init__(
-        self,
-        texts: Sequence[str] | Sequence[Sequence[str]],
-        num_rows: int,
-        decode: Callable[[list[int]], str] | None,
-    ) -> None:
-        shared = all(isinstance(text, str) for text in texts)
-        if not shared and len(texts) != num_rows:
+def _check_counts(num_prompts: int, given: Mapping[str, Any]) -> None:
+    for name, value in given.items():
+        if value is not None and not isinstance(value, int) and len(value) != num_prompts:
             raise ValueError(
-                f"{len(texts)} lists of stop_texts do not fit {num_rows} prompts; give one a prompt"
+                f"{len(value)} {name} do not fit {num_prompts} prompts; give one a prompt"
             )
-        self._texts = [[str(t) for t in texts]] * num_rows if shared else [list(t) for t in texts]
-        self._decode = decode
-
-    def reached(self, index: int, tokens: list[int]) -> bool:
-        """Whether one of row `index`'s texts ends in the newest of its tokens."""
-        texts = [text for text in self._texts[index] if text]
-        if not texts or self._decode is None:
-            return False
-        # a token is a byte or more: as many tokens as the longest text has bytes hold it
-        most = max(len(text.encode()) for text in texts) + 8
-        text = self._decode(tokens[-most:])
-        return any(stop in text for stop in texts)

@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pipeline.generation import Generator, choose
+from pipeline.generation import Generator
+from pipeline.generation_choice import choose
 from pipeline.generation_models import hf_model_from_megatron
 from tests.pipeline_generate.conftest import MODES, SETTINGS
 
@@ -51,11 +52,11 @@ def test_greedy_rows_of_any_lengths_equal_a_loop_without_cache(mode, model_of, d
 @pytest.mark.parametrize("mode", MODES)
 def test_the_size_of_prefill_pieces_changes_nothing(mode, model_of, draw):
     model, prompt = model_of(mode), draw(45)
-    expected, _ = Generator(model, prefill_chunk=64).read(prompt)
+    expected = Generator(model, prefill_chunk=64).read(prompt)
     for size in (1, 4, 5, 6, 8, 44):
-        logits, cache = Generator(model, prefill_chunk=size).read(prompt)
-        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-5)
-        assert cache.host_lengths == (45,)
+        found = Generator(model, prefill_chunk=size).read(prompt)
+        torch.testing.assert_close(found.hidden, expected.hidden, atol=1e-4, rtol=1e-5)
+        assert found.num_tokens == 45
 
 
 def test_sampled_rows_do_not_depend_on_the_batch_they_are_in(model_of, draw):
@@ -99,6 +100,18 @@ def test_stop_texts_end_a_row_at_the_token_that_completes_them(model_of, draw):
     assert cut[0].tokens == cut[2].tokens == whole[:6]
     assert cut[0].stopped
     assert cut[1].tokens == whole
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_several_prompts_go_on_from_one_reading_which_stays_as_it_is(mode, model_of, draw):
+    model, document, questions = model_of(mode), draw(29), [draw(5), [], draw(11)]
+    generator = Generator(model, prefill_chunk=8)
+    reading = generator.read(document)
+    for _ in range(2):
+        found = generator.generate(questions, max_new_tokens=6, starts=[reading] * 3)
+        expected = generator.generate([document, document + questions[2]], max_new_tokens=6)
+        assert [found[1].tokens, found[2].tokens] == [row.tokens for row in expected]
+        assert reading.num_tokens == 29
 
 
 def test_choose_follows_the_probabilities():

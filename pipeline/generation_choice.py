@@ -1,0 +1,58 @@
+"""Which token comes next, and whether a row's text has come to its end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+
+def choose(logits: Tensor, drawn: Tensor, *, temperature: float, top_p: float = 1.0) -> Tensor:
+    """A token for each row of `logits` [R, V]: the likeliest, or by the number `drawn` [R].
+
+    Args:
+        logits: float32.
+        drawn: float64 in [0, 1), where on the cumulated probabilities a row's token lies.
+        temperature: 0 for the likeliest.
+        top_p: the likeliest tokens up to this probability together, at least one, are drawn from.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    probabilities = (logits.double() / temperature).softmax(-1)
+    probabilities, order = probabilities.sort(dim=-1, descending=True, stable=True)
+    total = probabilities.cumsum(-1)
+    probabilities = probabilities.masked_fill(total - probabilities >= top_p, 0)
+    total = probabilities.cumsum(-1)
+    point = drawn.to(total.device)[:, None] * total[:, -1:]
+    place = (total <= point).sum(-1, keepdim=True)
+    last = (probabilities > 0).sum(-1, keepdim=True) - 1
+    return order.gather(1, torch.minimum(place, last))[:, 0]
+
+
+class StopTexts:
+    """Whether a row's text has reached one of its stop texts."""
+
+    def __init__(
+        self,
+        texts: Sequence[str] | Sequence[Sequence[str]],
+        num_rows: int,
+        decode: Callable[[list[int]], str] | None,
+    ) -> None:
+        shared = all(isinstance(text, str) for text in texts)
+        if not shared and len(texts) != num_rows:
+            raise ValueError(
+                f"{len(texts)} lists of stop_texts do not fit {num_rows} prompts; give one a prompt"
+            )
+        self._texts = [[str(t) for t in texts]] * num_rows if shared else [list(t) for t in texts]
+        self._decode = decode
+
+    def reached(self, index: int, tokens: list[int]) -> bool:
+        """Whether one of row `index`'s texts ends in the newest of its tokens."""
+        texts = [text for text in self._texts[index] if text]
+        if not texts or self._decode is None:
+            return False
+        # a token is a byte or more: as many tokens as the longest text has bytes hold it
+        most = max(len(text.encode()) for text in texts) + 8
+        text = self._decode(tokens[-most:])
+        return any(stop in text for stop in texts)
