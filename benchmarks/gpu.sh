@@ -55,7 +55,7 @@ if ! done_before tests; then
     tests="tests/benchmarks/test_schedule.py"
   else
     # the folders whose tests need no other package than the kernels; the rest where Megatron is
-    tests="tests/kernels tests/allmem_hf"
+    tests="tests/kernels tests/allmem_hf tests/benchmarks/test_decode_graph.py"
     "$python" -c 'import megatron.core' 2> /dev/null && tests="tests"
     tests="$tests -m gpu --continue-on-collection-errors"
     "$python" -c 'import xdist' 2> /dev/null && tests="$tests -n 6"  # most of it is compiling

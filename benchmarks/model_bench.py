@@ -15,6 +15,7 @@ from torch import Tensor
 from benchmarks import floors, model_training
 from benchmarks.measure import Ceilings, Stopwatch, Timing, Work, summary
 from benchmarks.model_cases import (
+    ConstantReader,
     FullReader,
     Reader,
     build,
@@ -24,6 +25,7 @@ from benchmarks.model_cases import (
 )
 from benchmarks.rows import Results, Row, measured, missing, refused
 from benchmarks.shapes import SHAPES, Shape
+from pipeline.decode_graph import is_steady
 
 BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 STEPS = 16
@@ -189,7 +191,7 @@ class Bench:
     def decode(self, case: Row, reader: Reader, one_row_read: bool, more: Row) -> None:
         """Writes `STEPS` tokens some times over, greedily, each from the one before."""
         shape, tokens, batch = SHAPES[case["shape"]], case["tokens"], case["batch"]
-        case = {**case, "new_tokens": 1}
+        case = {**case, "new_tokens": 1, "graph": False}
         if isinstance(reader, FullReader):
             if not (one_row_read and batch == 1):
                 self.room_for(reader, batch, tokens + STEPS * 64)
@@ -204,6 +206,26 @@ class Bench:
                 reader.start(1, 0)
                 reader.feed(self.tokens(shape, 1, tokens))
             reader.repeat(batch)
+        self.write(case, reader, more)
+        if self.cuda and isinstance(reader, ConstantReader):
+            self.write_graphed({**case, "graph": True}, reader, more)
+
+    def write_graphed(self, case: Row, reader: ConstantReader, more: Row) -> None:
+        """The same with the step as a CUDA graph, which is checked on its own."""
+        shape, mixer = SHAPES[case["shape"]], case["mixer"]
+        name, bound = f"{mixer}, CUDA graph", BOUNDS[self.dtype]
+        error = check_error(shape, mixer, self.device, self.dtype, graph=True)
+        if not error <= bound:
+            self.results.add(refused(case, name, error, bound))
+        elif not is_steady(reader.cache):
+            self.results.add(missing(case, name, "the text is shorter than window and sinks"))
+        else:
+            reader.record()
+            self.write(case, reader, {**more, "error": error}, name)
+
+    def write(self, case: Row, reader: Reader, more: Row, name: str = "") -> None:
+        """Times the steps and adds the row."""
+        shape, tokens, batch = SHAPES[case["shape"]], case["tokens"], case["batch"]
         current = self.tokens(shape, batch, 1)
 
         def steps() -> None:
@@ -213,14 +235,14 @@ class Bench:
 
         steps()  # kernels are compiled here
         self.peak()
-        lasted = []
+        lasted: list[tuple[float, float | None]] = []
         while len(lasted) < 5 or (sum(s for s, _ in lasted) < 1 and len(lasted) < 20):
             lasted.append(self.watch.once(steps))
             if len(lasted) >= 2 and sum(s for s, _ in lasted) > self.given.repeat_s:
                 break
         each = [(s / STEPS, None if cpu is None else cpu / STEPS) for s, cpu in lasted]
         work = floors.decode(shape, case["mixer"], batch, tokens, self.dtype.itemsize)
-        self.add(case, summary(each), work, more, reader)
+        self.add(case, summary(each), work, more, reader, name)
 
     def room_for(self, reader: FullReader, batch: int, capacity: int) -> None:
         """Refuses keys and values that the device has no room for. Raises: OutOfMemoryError."""
@@ -235,9 +257,12 @@ class Bench:
                 f"keys and values of {wanted / 1e9:.0f} GB do not fit {free / 1e9:.0f} GB"
             )
 
-    def add(self, case: Row, timing: Timing, work: Work, more: Row, reader: Reader) -> None:
-        """The row of a figure."""
+    def add(
+        self, case: Row, timing: Timing, work: Work, more: Row, reader: Reader, name: str = ""
+    ) -> None:
+        """The row of a figure; its name is the mixer's if none is given."""
         more = {**more, "cache_bytes": reader.cache_bytes, "peak_bytes": self.peak()}
         if isinstance(reader, FullReader):
             more["attention"] = str(reader.backend or "PyTorch's choice")
-        self.results.add(measured(case, case["mixer"], timing, work, self.ceilings, **more))
+        name = name or case["mixer"]
+        self.results.add(measured(case, name, timing, work, self.ceilings, **more))

@@ -21,9 +21,10 @@ from allmem_hf import AllMemCache, AllMemConfig, AllMemForCausalLM
 from allmem_hf.layers_allmem import rotate
 from benchmarks.measure import Stopwatch, relative_error
 from benchmarks.shapes import Shape
+from pipeline.decode_graph import GraphedDecoder
 
 MIXERS = ("allmem", "full", "swa", "mamba2")
-_CHECK_STEPS = 3
+_CHECK_STEPS = 5
 
 
 def build(
@@ -94,10 +95,17 @@ class ConstantReader:
         """Forgets; neither number matters to a state that does not grow."""
         del rows, capacity
         self.cache = AllMemCache(self.model.config)
+        self._decoder: GraphedDecoder | None = None
+
+    def record(self) -> None:
+        """From here on steps of one token are a CUDA graph. Raises: ValueError, as its decoder."""
+        self._decoder = GraphedDecoder(self.model, self.cache)
 
     @torch.no_grad()
     def feed(self, tokens: Tensor) -> Tensor:
         """Reads `[B, T]`; logits `[B, V]` of the last token."""
+        if self._decoder is not None:
+            return self._decoder(tokens)
         out = None
         for part in tokens.split(self.piece, 1):
             out = self.model(part, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
@@ -107,6 +115,7 @@ class ConstantReader:
 
     def repeat(self, rows: int) -> None:
         """The one row's state, `rows` times."""
+        self._decoder = None
         self.cache.batch_repeat_interleave(rows)
 
     @property
@@ -238,14 +247,20 @@ def make_reader(
 
 
 def check_error(
-    shape: Shape, mixer: str, device: torch.device, dtype: torch.dtype, *, times: float = 1.0
+    shape: Shape,
+    mixer: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    times: float = 1.0,
+    graph: bool = False,
 ) -> float:
     """Error of two layers of this shape on the device, against plain PyTorch in higher precision.
 
     A text of several windows and chunks is read in odd pieces and continued token by token; the
     logits are compared with those of one call over the whole text without a cache, on the CPU in
     float32 (float64 for float32 models), with the same weights. `times` makes the logits
-    wrong, for tests.
+    wrong, for tests; `graph` continues by a CUDA graph.
     """
     window = min(shape.window_size, 512)
     small = replace(
@@ -270,5 +285,8 @@ def check_error(
     reader.start(2, tokens)
     there = ids.to(device)
     logits = [reader.feed(there[:, :-_CHECK_STEPS])]
-    logits += [reader.feed(there[:, at : at + 1]) for at in range(tokens - _CHECK_STEPS, tokens)]
+    if graph and isinstance(reader, ConstantReader):
+        reader.record()
+    for at in range(tokens - _CHECK_STEPS, tokens):
+        logits.append(reader.feed(there[:, at : at + 1]).clone())
     return relative_error(times * torch.stack(logits, 1).cpu(), wanted)

@@ -1,0 +1,119 @@
+"""Decoding by a recorded step equals decoding step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from allmem_hf import AllMemCache
+from benchmarks.model_cases import build
+from benchmarks.shapes import SHAPES
+from pipeline.decode_graph import GraphedDecoder, is_steady, record
+
+SHAPE = SHAPES["tiny"]
+STEADY = SHAPE.window_size + SHAPE.num_sinks
+WAITS = ("aten.nonzero", "aten._local_scalar_dense", "aten.lift_fresh", "aten.equal", "aten.item")
+"""What makes the host wait for the device, or the device for the host: no graph can hold it."""
+
+
+class Recorder(TorchDispatchMode):
+    """Keeps every operation with the tensors that it read and wrote, as a CUDA graph does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, Any, Any, Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, out))
+        return out
+
+    def replay(self) -> None:
+        """The same operations on the same buffers, whatever the host has decided since."""
+        for func, args, kwargs, out in self.calls:
+            storages = {x.untyped_storage().data_ptr() for x in tensors((args, kwargs))}
+            new = func(*args, **kwargs)
+            for held, value in zip(tensors(out), tensors(new), strict=True):
+                if held.untyped_storage().data_ptr() not in storages:  # no view, not in place
+                    held.copy_(value)
+
+
+def tensors(tree: Any) -> list[Tensor]:
+    return [x for x in tree_leaves(tree) if isinstance(x, Tensor)]
+
+
+def recorded(cache: AllMemCache) -> Callable[[Callable[[], None]], Callable[[], None]]:
+    """A recording on a CPU: it has to execute the step, whose effects are then undone."""
+
+    def capture(step: Callable[[], None]) -> Callable[[], None]:
+        state = [x for layer in cache.layers for x in layer.tensors.values()]
+        held = [x.clone() for x in (*state, cache.lengths)]
+        lengths = cache.lengths
+        recorder = Recorder()
+        with recorder:
+            step()
+        names = {str(func) for func, *_ in recorder.calls}
+        assert not [name for name in names if name.startswith(WAITS)], names
+        for x, before in zip((*state, lengths), held, strict=True):
+            x.copy_(before)
+        return recorder.replay
+
+    return capture
+
+
+def started(mixer: str, device: str) -> tuple[Any, AllMemCache]:
+    """Two rows at different places of their chunks, beyond their windows."""
+    model = build(SHAPE, mixer, torch.device(device), torch.float32)
+    generator = torch.Generator().manual_seed(1)
+    caches = []
+    for num in (STEADY + 1, STEADY + 6):
+        cache = AllMemCache(model.config)
+        ids = torch.randint(0, SHAPE.vocab_size, (1, num), generator=generator).to(device)
+        with torch.no_grad():
+            model(ids, past_key_values=cache, use_cache=True)
+        caches.append(cache)
+    return model, AllMemCache.cat(caches)
+
+
+def compare(mixer: str, device: str, graphed: Callable[[Any, AllMemCache], GraphedDecoder]) -> None:
+    model, cache = started(mixer, device)
+    _, other = started(mixer, device)
+    decoder = graphed(model, cache)
+    generator = torch.Generator().manual_seed(2)
+    for _ in range(2 * SHAPE.chunk_size + 3):  # every row completes chunks, at other steps
+        ids = torch.randint(0, SHAPE.vocab_size, (2, 1), generator=generator).to(device)
+        with torch.no_grad():
+            wanted = model(ids, past_key_values=other, use_cache=True).logits[:, -1]
+        torch.testing.assert_close(decoder(ids), wanted, atol=1e-5, rtol=1e-5)
+    assert cache.host_lengths == other.host_lengths
+    assert cache.lengths is not None
+    assert cache.lengths.tolist() == list(cache.host_lengths)
+
+
+@pytest.mark.parametrize("mixer", ["allmem", "mamba2", "swa"])
+def test_a_recorded_step_equals_the_model_over_several_chunks(mixer: str) -> None:
+    compare(
+        mixer, "cpu", lambda model, cache: GraphedDecoder(model, cache, capture=recorded(cache))
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mixer", ["allmem", "mamba2", "swa"])
+def test_a_cuda_graph_equals_the_model_over_several_chunks(mixer: str) -> None:
+    compare(mixer, "cuda", lambda model, cache: GraphedDecoder(model, cache, capture=record))
+
+
+def test_a_cache_that_still_grows_is_refused() -> None:
+    model = build(SHAPE, "allmem", torch.device("cpu"), torch.float32)
+    cache = AllMemCache(model.config)
+    assert not is_steady(cache)
+    with torch.no_grad():
+        model(torch.zeros(1, STEADY - 1, dtype=torch.long), past_key_values=cache, use_cache=True)
+    with pytest.raises(ValueError, match="decode without a graph until they do"):
+        GraphedDecoder(model, cache)
