@@ -74,12 +74,32 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _triton_scan() -> Callable[..., Any]:
+def backend_of(backend: str, x: Tensor) -> str:
+    """``"triton"`` or ``"reference"``: what `backend` means for what stands around the scan of x.
+
+    Raises:
+        ValueError: an unknown backend, or one that cannot run here.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r} is not one of {BACKENDS}; set backend='auto'")
+    if backend == "triton":
+        _require_triton()
+        from kernels.ttt_memory.triton_backend.scan import check_device
+
+        check_device(x)
+    return auto_backend(x) if backend == "auto" else backend
+
+
+def _require_triton() -> None:
     if not _has_triton():
         raise ValueError(
             "backend='triton' cannot run: the package triton is not installed; "
             "pip install triton, or set backend='reference' or 'auto'"
         )
+
+
+def _triton_scan() -> Callable[..., Any]:
+    _require_triton()
     from kernels.ttt_memory.triton_backend.scan import memory_scan as scan
 
     return scan

@@ -42,32 +42,16 @@ def causal_conv(
     Raises:
         ValueError: shapes that do not fit.
     """
-    num_rows, reach = (
-        x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1,
-        weight.shape[-1] - 1,
-    )
-    if x.dim() != 3 or weight.dim() != 2 or weight.shape[0] != x.shape[-1]:
-        raise ValueError(
-            f"weight of shape {list(weight.shape)} does not fit x of shape {list(x.shape)}; "
-            "give x [B, T, C] and weight [C, width]"
-        )
+    check_conv(x, weight, tail, cu_seqlens)
+    num_rows = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    reach = weight.shape[-1] - 1
     if tail is None:
         tail = x.new_zeros(num_rows, reach, x.shape[-1])
-    elif tuple(tail.shape) != (num_rows, reach, x.shape[-1]):
-        raise ValueError(
-            f"tail of shape {list(tail.shape)} does not fit; give it "
-            f"{[num_rows, reach, x.shape[-1]]}, or None at the start"
-        )
     tail = tail.to(x.dtype)
     if cu_seqlens is None:
         padded = torch.cat([tail, x], 1)
         return _taps(padded, weight, reach), padded[:, padded.shape[1] - reach :].clone()
     starts = cu_seqlens.tolist()
-    if x.shape[0] != 1 or starts[0] != 0 or starts[-1] != x.shape[1] or sorted(starts) != starts:
-        raise ValueError(
-            f"cu_seqlens from {starts[0]} to {starts[-1]} does not rise from 0 to T={x.shape[1]} "
-            f"in one packed sequence (B={x.shape[0]}); give the document starts and T, with B=1"
-        )
     # each document with its tail before it, one after the other; the tails' outputs are left out
     documents = x[0].split([end - start for start, end in pairwise(starts)])
     pieces = [piece for pair in zip(tail.unbind(0), documents, strict=True) for piece in pair]
@@ -79,6 +63,29 @@ def causal_conv(
     )
     y = _taps(padded[None], weight, reach).index_select(1, first.to(x.device))
     return y, padded[last]
+
+
+def check_conv(x: Tensor, weight: Tensor, tail: Tensor | None, cu_seqlens: Tensor | None) -> None:
+    """Refuses arguments of `causal_conv` that do not fit each other, by a ValueError."""
+    num_rows = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    if x.dim() != 3 or weight.dim() != 2 or weight.shape[0] != x.shape[-1]:
+        raise ValueError(
+            f"weight of shape {list(weight.shape)} does not fit x of shape {list(x.shape)}; "
+            "give x [B, T, C] and weight [C, width]"
+        )
+    want = [num_rows, weight.shape[-1] - 1, x.shape[-1]]
+    if tail is not None and list(tail.shape) != want:
+        raise ValueError(
+            f"tail of shape {list(tail.shape)} does not fit; give it {want}, or None at the start"
+        )
+    if cu_seqlens is None:
+        return
+    starts = cu_seqlens.tolist()
+    if x.shape[0] != 1 or starts[0] != 0 or starts[-1] != x.shape[1] or sorted(starts) != starts:
+        raise ValueError(
+            f"cu_seqlens from {starts[0]} to {starts[-1]} does not rise from 0 to T={x.shape[1]} "
+            f"in one packed sequence (B={x.shape[0]}); give the document starts and T, with B=1"
+        )
 
 
 def _taps(padded: Tensor, weight: Tensor, reach: int) -> Tensor:

@@ -61,7 +61,8 @@ def named_only(
         _swap(stack, flex, "_compiled", lambda: attend)
         _swap(stack, torch.cuda, "get_device_properties", lambda device: Properties)
         plan = importlib.import_module(f"{PACKAGE}.plan")
-        for cached in (flex.window_mask, plan.make_plan):
+        branch = importlib.import_module(f"{PACKAGE}.branch")
+        for cached in (flex.window_mask, plan.make_plan, branch.conv_blocks):
             cached.cache_clear()  # what a pass makes is to be counted in every pass
             stack.callback(cached.cache_clear)
         yield
@@ -76,7 +77,7 @@ def _swap(stack: contextlib.ExitStack, owner: Any, name: str, value: Any) -> Non
 @contextlib.contextmanager
 def _triton_modules() -> Iterator[list[ModuleType]]:
     """The modules that launch, and are launched; with stand-ins where Triton is not installed."""
-    names = [f"{PACKAGE}.forward", f"{PACKAGE}.backward", f"{PACKAGE}.scan"]
+    names = [f"{PACKAGE}.{n}" for n in ("forward", "backward", "scan", "branch_kernels", "branch")]
     if importlib.util.find_spec("triton") is not None:
         yield [importlib.import_module(name) for name in names]
         return

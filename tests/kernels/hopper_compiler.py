@@ -20,23 +20,30 @@ from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels.ttt_memory.triton_backend import backward, forward
+from kernels.ttt_memory.triton_backend import backward, branch_kernels, forward
 from kernels.ttt_memory.triton_backend.blocks import BLOCKS, options, rows, tiles
+from kernels.ttt_memory.triton_backend.branch import gradient_tile, tile
 
 LOW = ("q", "k", "v", "out", "base", "grad_steps", "grad_out", "grad_q", "grad_k", "grad_v")
 """Pointers to the tokens' dtype; in the kernels that read, `w` too."""
 TYPES = {
     **dict.fromkeys(("chunks", "blocks", "spans", "span_range"), "*i64"),
-    **dict.fromkeys(("begin", "C", "tokens_per_split", "splits"), "i32"),
+    **dict.fromkeys(("begin", "C", "tokens_per_split", "splits", "T", "B", "N"), "i32"),
+    **dict.fromkeys(("x_row", "x_token", "out_row", "gate_row", "gate_token"), "i32"),
+    "eps": "fp32",
 }
-NOT_DIVISIBLE = ("begin", "C", "splits")
+NOT_DIVISIBLE = ("begin", "C", "splits", "T", "B", "N", "gate_row", "gate_token")
+MODULES = (forward, backward, branch_kernels)
+AROUND_LOW = ("x", "tail", "weight", "norm", "gate", "v_hat", "alpha", "grad_x", "grad_tail")
+AROUND_LOW += ("grad_gate",)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def compiled(name: str, constants: dict[str, Any], dtype: str, warps: int, stages: int) -> Any:
     """As the launcher would compile it: pointers and sizes that 16 divides are marked as such."""
-    kernel = getattr(forward, name, None) or getattr(backward, name)
+    kernel = next(getattr(m, name) for m in MODULES if hasattr(m, name))
     low = (*LOW, "w") if name.startswith("read") else LOW
+    low = (*low, *AROUND_LOW) if name in AROUND else low
     types = {**TYPES, **dict.fromkeys(low, f"*{dtype}")}
     signature = {
         name: "constexpr" if name in constants else types.get(name, "*fp32")
@@ -45,7 +52,7 @@ def compiled(name: str, constants: dict[str, Any], dtype: str, warps: int, stage
     aligned = {
         (place,): [["tt.divisibility", 16]]
         for place, name in enumerate(kernel.arg_names)
-        if name not in constants and name not in NOT_DIVISIBLE
+        if signature[name] not in ("constexpr", "fp32") and name not in NOT_DIVISIBLE
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     return triton.compile(
@@ -95,9 +102,33 @@ ELEMENTWISE: dict[str, dict[str, Any]] = {
 }
 
 
+AROUND: dict[str, dict[str, Any]] = {
+    "conv_kernel": {"HAS_TAIL": True, "NORM": True},
+    "conv_gradient_kernel": {"HAS_TAIL": True, "NORM": True},
+    "gate_norm_kernel": {},
+    "gate_norm_gradient_kernel": {},
+    "scale_gradient_kernel": {"D": 2048, "BT": 32, "BD": 128},
+}
+
+
+def around(name: str, width: int, dtype: str) -> dict[str, Any]:
+    """What becomes of a kernel that stands before or after the scan."""
+    kernel = getattr(branch_kernels, name)
+    sizes = tile(width)
+    constants = {
+        "H": max(1, 512 // width), "K": width, "TAPS": 4, "BK": sizes["BK"],
+        "BT": sizes["rows"], "BR": sizes["rows"], **AROUND[name],
+    }  # fmt: skip
+    if name == "conv_gradient_kernel":
+        constants |= gradient_tile(width, 4)
+    constants = {n: x for n, x in constants.items() if n in kernel.arg_names}
+    found = usage(compiled(name, constants, dtype, sizes["num_warps"], 3))
+    return {"kernel": name, "width": width, "chunk": 0, "dtype": dtype, **found}
+
+
 def elementwise(name: str, width: int, dtype: str) -> dict[str, Any]:
     """What becomes of a kernel that knows no chunks."""
-    kernel = getattr(forward, name, None) or getattr(backward, name)
+    kernel = next(getattr(m, name) for m in MODULES if hasattr(m, name))
     shape = tiles(width) if "BR" in kernel.arg_names else rows(width)
     warps = shape.pop("num_warps", 4)
     constants = {"H": max(1, 512 // width), "F": 2 * width, "K": width, **shape}
@@ -112,6 +143,7 @@ def main() -> None:
         for width in widths:
             found += [report(name, width, chunk, dtype) for name in BLOCKS for chunk in chunks]
             found += [elementwise(name, width, dtype) for name in ELEMENTWISE]
+            found += [around(name, width, dtype) for name in AROUND]
     Path(sys.argv[1]).write_text(json.dumps(found), encoding="utf-8")
 
 

@@ -24,22 +24,6 @@ BOUND = 1e-5
 """‖out − ref‖ / ‖ref‖ in float32."""
 
 
-@pytest.fixture
-def nan_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch.empty gives NaN."""
-
-    def filled(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def call(*args: Any, **kwargs: Any) -> Tensor:
-            out = make(*args, **kwargs)
-            return out.fill_(float("nan")) if out.is_floating_point() else out
-
-        return call
-
-    for name in ("empty", "empty_like"):
-        monkeypatch.setattr(torch, name, filled(getattr(torch, name)))
-    monkeypatch.setattr(Tensor, "new_empty", filled(Tensor.new_empty))
-
-
 def everything(
     run: Callable[..., Any], tensors: list[Tensor], *, split: int | None, **options: Any
 ) -> list[Tensor]:
