@@ -20,29 +20,19 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from evals.bins import parse_label
-from evals.table import (
-    ROW_TITLES,
-    format_value,
-    human_tokens,
-    markdown_table,
-)
+from evals.table import format_value, human_tokens, markdown_table
 from pipeline.atomic import write_atomically
+from pipeline.evaluating.drawing import (
+    COLOURS,
+    MARKERS,
+    binned_line,
+    measured,
+    shared_legend,
+    subject_title,
+    window_line,
+)
+from pipeline.evaluating.figures import task_figures
 
-Series = list[tuple[str, str, dict[str, dict[str, float]]]]
-"""(name, title, metrics by task) of each mixer and control that was measured."""
-
-# Okabe and Ito's palette, told apart by people with colour blindness too.
-COLOURS = {
-    "full": "#000000",
-    "swa": "#E69F00",
-    "mamba2": "#009E73",
-    "allmem": "#0072B2",
-    "memory_off": "#CC79A7",
-    "write_off": "#D55E00",
-    "state_shuffled": "#56B4E9",
-}
-MARKERS = {"full": "o", "swa": "s", "mamba2": "^", "allmem": "D"}
 LOSS_LABELS = {
     "pretrain": "next-token loss (nats/token)",
     "align": "error of the branch (relative to the window's)",
@@ -78,6 +68,7 @@ def write_report(
         "loss_by_position": position_figure(results),
         "recall_by_distance": distance_figure(results),
         "alpha_by_layer": alpha_figure(results),
+        **task_figures(results),
         **training_figures(curves),
     }
     for name, figure in figures.items():
@@ -121,23 +112,6 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     return [by_step[step] for step in sorted(by_step)]
 
 
-def measured(results: Mapping[str, Any], *, controls: bool = True) -> Series:
-    """Mixers, then controls, that have results, in the table's order."""
-    config = results["config"]
-    series: Series = [
-        (name, name, results["mixers"][name])
-        for name in config["mixers"]
-        if name in results["mixers"]
-    ]
-    if controls:
-        series += [
-            (name, ROW_TITLES[name], results["controls"][name])
-            for name in config["controls"]
-            if name in results["controls"]
-        ]
-    return series
-
-
 def summary_figure(results: Mapping[str, Any]) -> Figure:
     """The table as pictures: quality of mixers and controls above, costs of mixers below."""
     config = results["config"]
@@ -166,7 +140,7 @@ def summary_figure(results: Mapping[str, Any]) -> Figure:
             axis.set_title(title, fontsize=10)
             axis.grid(axis="x", alpha=0.3)
             axis.set_axisbelow(True)
-    figure.suptitle(_subject(results, "Mixers side by side"))
+    figure.suptitle(subject_title(results, "Mixers side by side"))
     return figure
 
 
@@ -187,13 +161,13 @@ def position_figure(results: Mapping[str, Any]) -> Figure | None:
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, (task, title) in zip(axes, panels, strict=True):
         for name, label, metrics in series:
-            _binned_line(axis, name, label, metrics.get(task, {}))
-        _window_line(axis, results, "position = window")
+            binned_line(axis, name, label, metrics.get(task, {}))
+        window_line(axis, results, "position = window")
         axis.set(title=title, xlabel="position in the document (tokens)")
         axis.set_ylabel("loss (nats/token)")
         axis.set_ylim(bottom=max(0.0, axis.get_ylim()[0]))
-    _shared_legend(figure, axes[-1])
-    figure.suptitle(_subject(results, "Loss by position"))
+    shared_legend(figure, axes[-1])
+    figure.suptitle(subject_title(results, "Loss by position"))
     return figure
 
 
@@ -205,13 +179,13 @@ def distance_figure(results: Mapping[str, Any]) -> Figure | None:
     figure = Figure(figsize=(8.6, 4.8), layout="constrained")
     axis = figure.subplots()
     for name, label, metrics in series:
-        _binned_line(axis, name, label, metrics.get("recall_by_distance", {}))
-    _window_line(axis, results, "distance = window")
+        binned_line(axis, name, label, metrics.get("recall_by_distance", {}))
+    window_line(axis, results, "distance = window")
     axis.set(xlabel="distance from the evidence to the answer (tokens)")
     axis.set_ylabel("exact match (share of answers)")
     axis.set_ylim(-0.03, 1.03)
-    _shared_legend(figure, axis)
-    figure.suptitle(_subject(results, "Recall by distance of the evidence"))
+    shared_legend(figure, axis)
+    figure.suptitle(subject_title(results, "Recall by distance of the evidence"))
     return figure
 
 
@@ -335,43 +309,4 @@ def _annotate(axis: Axes, value: float | None, index: int, unit: str) -> None:
         textcoords="offset points",
         va="center",
         fontsize=8,
-    )
-
-
-def _binned_line(axis: Axes, name: str, label: str, values: Mapping[str, float]) -> None:
-    spans = [parse_label(key) for key in values]
-    centres = [(first + last) / 2 for first, last in spans]
-    control = name not in MARKERS
-    axis.plot(
-        centres,
-        list(values.values()),
-        color=COLOURS[name],
-        label=label,
-        marker=MARKERS.get(name, "x"),
-        markersize=5,
-        linewidth=1.2 if control else 2.0,
-        linestyle="--" if control else "-",
-        zorder=4 if control else 3,
-    )
-
-
-def _window_line(axis: Axes, results: Mapping[str, Any], label: str) -> None:
-    axis.axvline(
-        results["config"]["window_size"], color="grey", linestyle=":", linewidth=1.5, label=label
-    )
-    axis.grid(alpha=0.3)
-    axis.set_xlim(left=0)
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-
-
-def _shared_legend(figure: Figure, axis: Axes) -> None:
-    handles, labels = axis.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", frameon=False)
-
-
-def _subject(results: Mapping[str, Any], title: str) -> str:
-    config = results["config"]
-    return (
-        f"{title} (window {config['window_size']:,}, {config['num_sinks']:,} sinks, "
-        f"chunk {config['chunk_size']:,}, documents of {int(config['length']):,} tokens)"
     )

@@ -14,6 +14,8 @@ from torch import nn
 from allmem_hf import AllMemForCausalLM
 from pipeline.generation import Generator
 
+_NAMES = {part: f"fast_{part}" for part in ("gate", "up", "down")}
+
 
 class ForeignMemory:
     """Puts one prompt's memory under another prompt.
@@ -25,23 +27,26 @@ class ForeignMemory:
 
     def __init__(self, writer: Generator, reader: AllMemForCausalLM) -> None:
         self._writer, self._reader = writer, reader
+        for layer in reader.model.layers:  # weights of its own, in the state's precision
+            for name in _NAMES.values():
+                own = getattr(layer.memory, name).detach().float().clone()
+                setattr(layer.memory, name, nn.Parameter(own, requires_grad=False))
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def install(self, donor: Sequence[int]) -> None:
         """Read the donor's prompt, and let the reader's layers hold what it wrote.
 
         A donor shorter than a chunk has written nothing; the reader then has the initial weights.
+        The tensors stay where they are, for a decode step that was captured on a GPU reads them.
         """
-        _, cache = self._writer.read(donor)
+        cache = self._writer.read(donor).cache
         for layer, held, own in zip(
             self._reader.model.layers, cache.layers, self._writer.model.model.layers, strict=True
         ):
-            for part in ("gate", "up", "down"):
+            for part, name in _NAMES.items():
                 written = held.tensors.get(f"weights_{part}")
-                initial = getattr(own.memory, f"fast_{part}")
-                value = initial.detach() if written is None else written[0].clone()
-                parameter = nn.Parameter(value, requires_grad=False)
-                setattr(layer.memory, f"fast_{part}", parameter)
+                value = getattr(own.memory, name) if written is None else written[0]
+                getattr(layer.memory, name).copy_(value)
 
 
 def donor_of(index: int, num_examples: int) -> int:

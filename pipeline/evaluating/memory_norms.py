@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from allmem_hf import AllMemCache
-from pipeline.generation import Generator
+from pipeline.generation import Generator, Reading
 
 PARTS = ("gate", "up", "down")
 _MOST_POINTS = 32
@@ -32,11 +31,11 @@ def memory_norms(generator: Generator, tokens: Sequence[int]) -> dict[str, dict[
         return {}
     step = chunk * -(-num_chunks // _MOST_POINTS)
     found: dict[str, dict[str, float]] = {}
-    cache = AllMemCache(config)
+    reading: Reading | None = None
     for end in range(step, num_chunks * chunk + 1, step):
-        generator.read(tokens[end - step : end], cache)
+        reading = generator.read(tokens[end - step : end], reading)
         for index, (layer, held) in enumerate(
-            zip(generator.model.model.layers, cache.layers, strict=True)
+            zip(generator.model.model.layers, reading.cache.layers, strict=True)
         ):
             initial = _norm([getattr(layer.memory, f"fast_{part}") for part in PARTS])
             for kind in ("weights", "momentum"):

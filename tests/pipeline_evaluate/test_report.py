@@ -86,6 +86,7 @@ def test_files_hold_the_results_the_table_and_readable_pictures(tmp_path: Path) 
             "loss_by_position",
             "recall_by_distance",
             "alpha_by_layer",
+            "perplexity_by_position",
             "training_convert",
         ),
     }
