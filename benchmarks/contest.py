@@ -8,7 +8,6 @@ tokens. Buffers and inputs are the ones of the timed call, at its full length.
 from __future__ import annotations
 
 import contextlib
-import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import Ceilings, Stopwatch, Work, relative_error
-from benchmarks.rows import Results, Row, measured, missing, refused
+from benchmarks.rows import Results, Row, failed, measured, missing, refused
 
 Leaves = dict[str, Tensor]
 Function = Callable[[Leaves], Tensor]
@@ -67,10 +66,8 @@ class Contest:
                 continue
             try:
                 error = self.error_of(one)
-            except (RuntimeError, ValueError, NotImplementedError) as found:
-                traceback.print_exc()
-                why = f"{type(found).__name__}: {str(found).strip().splitlines()[0][:200]}"
-                results.add(missing(self.case, one.name, why))
+            except Exception as found:  # noqa: BLE001  # printed, and in the exit status
+                results.add(failed(self.case, one.name, found))
                 continue
             if not error <= one.bound:
                 results.add(refused(self.case, one.name, error, one.bound))

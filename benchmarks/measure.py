@@ -8,6 +8,7 @@ are interleaved, and medians reported.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import statistics
@@ -179,6 +180,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "commit": commit(),
+        "sources": sources(),
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -194,6 +196,15 @@ def _processor() -> str:
     lines = file.read_text("utf-8").splitlines() if file.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor()
+
+
+def sources() -> str:
+    """A hash of the code that is measured, and that measures."""
+    digest = hashlib.sha256()
+    for folder in ("kernels", "allmem_hf", "allmem_megatron", "benchmarks"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def commit() -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +22,7 @@ from benchmarks.model_cases import (
     fastest_backend,
     make_reader,
 )
-from benchmarks.rows import Results, Row, measured, missing, refused
+from benchmarks.rows import Results, Row, failed, measured, missing, refused
 from benchmarks.shapes import SHAPES, Shape
 from pipeline.decode_graph import is_steady
 
@@ -47,7 +46,7 @@ class Bench:
 
     def __post_init__(self) -> None:
         self.watch = Stopwatch(self.device)
-        self._errors: dict[tuple[str, str], float] = {}
+        self._errors: dict[tuple[str, str, bool], float] = {}
         self._backends: dict[str, Any] = {}
         self._model: tuple[tuple[str, str], Any] | None = None
 
@@ -86,7 +85,12 @@ class Bench:
         cases = [case for case in cases if not self.results.has(case["group"], mixer)]
         if not cases:
             return
-        error, bound = self.error(shape, mixer), BOUNDS[self.dtype]
+        try:
+            error, bound = self.error(shape, mixer), BOUNDS[self.dtype]
+        except Exception as found:  # noqa: BLE001  # printed, and in the exit status
+            for case in cases:
+                self.results.add(failed(case, mixer, found))
+            return
         for case in cases:
             if not error <= bound:
                 self.results.add(refused(case, mixer, error, bound))
@@ -121,20 +125,20 @@ class Bench:
             return False
         try:
             measure()
-        except (RuntimeError, ValueError) as error:
-            if not isinstance(error, torch.OutOfMemoryError):
-                traceback.print_exc()
-            why = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
-            self.results.add(missing(case, case["mixer"], why))
+        except Exception as error:  # noqa: BLE001  # printed, and in the exit status
+            name = f"{case['mixer']}, CUDA graph" if case.get("graph") else case["mixer"]
+            self.results.add(failed(case, name, error))
             return False
         return True
 
-    def error(self, shape: Shape, mixer: str) -> float:
+    def error(self, shape: Shape, mixer: str, *, graph: bool = False) -> float:
         """Of two layers of the shape; of a wrong output where the mixer is to be spoiled."""
-        key = shape.name, mixer
+        key = shape.name, mixer, graph
         if key not in self._errors:
             wrong = 1.1 if mixer == self.given.spoil else 1.0
-            self._errors[key] = check_error(shape, mixer, self.device, self.dtype, times=wrong)
+            self._errors[key] = check_error(
+                shape, mixer, self.device, self.dtype, times=wrong, graph=graph
+            )
         return self._errors[key]
 
     def model(self, shape: Shape, mixer: str) -> Any:
@@ -208,13 +212,15 @@ class Bench:
             reader.repeat(batch)
         self.write(case, reader, more)
         if self.cuda and isinstance(reader, ConstantReader):
-            self.write_graphed({**case, "graph": True}, reader, more)
+            graphed = {**case, "graph": True}
+            work = floors.decode(shape, case["mixer"], batch, tokens, self.dtype.itemsize)
+            self.guarded(graphed, work, lambda: self.write_graphed(graphed, reader, more))
 
     def write_graphed(self, case: Row, reader: ConstantReader, more: Row) -> None:
         """The same with the step as a CUDA graph, which is checked on its own."""
         shape, mixer = SHAPES[case["shape"]], case["mixer"]
         name, bound = f"{mixer}, CUDA graph", BOUNDS[self.dtype]
-        error = check_error(shape, mixer, self.device, self.dtype, graph=True)
+        error = self.error(shape, mixer, graph=True)
         if not error <= bound:
             self.results.add(refused(case, name, error, bound))
         elif not is_steady(reader.cache):

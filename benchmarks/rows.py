@@ -1,8 +1,8 @@
 """Results of the kernel and model benchmarks: one JSON file that is whole at any moment.
 
-A row is `measured`, `refused` (its check failed: it has an error and no speed) or `not measured`
-(and why). The file is written anew after every row, so that a run which is cut off keeps what it
-has; the same command then goes on with what is missing.
+A row is `measured`, `refused` (its check failed: it has an error and no speed), `failed` (it could
+not run to its end) or `not measured` (and why). The file is written anew after every row, so that a
+run which is cut off keeps what it has; the same command then goes on with what is missing.
 """
 
 from __future__ import annotations
@@ -10,22 +10,26 @@ from __future__ import annotations
 import json
 import os
 import sys
+import traceback
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.measure import Ceilings, Timing, Work
 
 Row = dict[str, Any]
-MEASURED, REFUSED, MISSING = "measured", "refused", "not measured"
+MEASURED, REFUSED, FAILED, MISSING = "measured", "refused", "failed", "not measured"
+_DONE = (MEASURED, REFUSED)
 
 
 class Results:
     """Rows by (group, name), and the file that holds them.
 
     Args:
-        path: of the JSON file; an earlier one of the same machine and commit is gone on with.
+        path: of the JSON file; one of the same machine and the same code is gone on with.
         machine: what is measured on.
         fresh: leave out what an earlier run measured.
     """
@@ -38,7 +42,7 @@ class Results:
             self._go_on(json.loads(path.read_text("utf-8")), machine)
 
     def _go_on(self, old: dict[str, Any], machine: dict[str, Any]) -> None:
-        same = ("device", "processor", "torch", "commit")
+        same = ("device", "processor", "torch", "sources")
         other = [key for key in same if old["machine"].get(key) != machine.get(key)]
         if other:
             key = other[0]
@@ -48,12 +52,12 @@ class Results:
             )
         self.head["ceilings"] = old["ceilings"]
         for row in old["rows"]:
-            if row["status"] != MISSING:
+            if row["status"] in _DONE:
                 self.rows[row["group"], row["name"]] = row
 
     def has(self, group: str, name: str) -> bool:
         """Whether an earlier run has measured or refused it."""
-        return (group, name) in self.rows and self.rows[group, name]["status"] != MISSING
+        return (group, name) in self.rows and self.rows[group, name]["status"] in _DONE
 
     def add(self, row: Row) -> None:
         """Puts a row into the file, and on the screen."""
@@ -69,10 +73,9 @@ class Results:
         half.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
         os.replace(half, self.path)
 
-    @property
-    def num_refused(self) -> int:
-        """Rows whose check failed."""
-        return sum(row["status"] == REFUSED for row in self.rows.values())
+    def count(self, status: str) -> int:
+        """Rows of this status."""
+        return sum(row["status"] == status for row in self.rows.values())
 
 
 def measured(
@@ -109,6 +112,16 @@ def missing(case: Row, name: str, why: str) -> Row:
     return {**case, "name": name, "status": MISSING, "why": why}
 
 
+def failed(case: Row, name: str, error: Exception) -> Row:
+    """A row that an error ended, printed whole; a lack of memory is no failure."""
+    lines = str(error).strip().splitlines() or [""]
+    row = missing(case, name, f"{type(error).__name__}: {lines[0][:200]}")
+    if not isinstance(error, torch.OutOfMemoryError):
+        traceback.print_exception(error)
+        row["status"] = FAILED
+    return row
+
+
 def line_of(row: Row) -> str:
     """One line for a person."""
     head = f"{row['group']:46} {row['name']:26}"
@@ -139,12 +152,10 @@ def find(rows: Iterable[Row], **wanted: Any) -> Row | None:
 
 
 def report_end(results: Results) -> int:
-    """Where the file is; the exit status, 1 where a check failed."""
-    counts = [sum(r["status"] == s for r in results.rows.values()) for s in (MEASURED, MISSING)]
-    print(
-        f"{counts[0]} measured, {results.num_refused} refused, {counts[1]} not measured: "
-        f"{results.path}"
-    )
-    if results.num_refused:
-        print("error: a check failed, see the rows that were refused", file=sys.stderr)
-    return 1 if results.num_refused else 0
+    """Where the file is; the exit status, 1 where a check or a run failed."""
+    counts = ", ".join(f"{results.count(s)} {s}" for s in (MEASURED, REFUSED, FAILED, MISSING))
+    print(f"{counts}: {results.path}")
+    wrong = results.count(REFUSED) + results.count(FAILED)
+    if wrong:
+        print(f"error: {wrong} rows were refused or failed, see above", file=sys.stderr)
+    return 1 if wrong else 0
