@@ -43,8 +43,8 @@ def generated_examples(
     """Examples whose prompt, answer prefix and generation together fill `length` tokens.
 
     The size is sought on the first draft; a sample that comes out longer is drawn again with a
-    size smaller by `step` or by what its excess asks for. Each sample has random numbers of its own, from the seed,
-    the name and its index.
+    size smaller by `step` or by what its excess asks for. Each sample has random numbers of its
+    own, from the seed, the name and its index.
 
     Args:
         make: draws one.
@@ -90,7 +90,7 @@ def generated_examples(
             answer_prefix=draft.answer_prefix,
             answers=draft.answers,
             max_new_tokens=max_new_tokens,
-            length=count + max_new_tokens,
+            length=length,
             distance=distance,
             depth=depth,
             extra=draft.extra,
