@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from evals.bins import parse_label
+from evals.config import MIXERS
 from evals.paper_tables import Subject
 
 # Okabe and Ito's palette, as in the figures of one evaluation.
@@ -196,12 +197,13 @@ def _line(
 ) -> None:
     runs = list(dict.fromkeys(s.run for s in subjects))
     place = runs.index(subject.run)
+    control = len(runs) == 1 and subject.name not in MIXERS
     axis.plot(
         x,
         y,
         color=COLOURS.get(subject.name, "grey"),
-        linestyle=LINES[place % len(LINES)],
-        marker=MARKERS[place % len(MARKERS)],
+        linestyle="--" if control else LINES[place % len(LINES)],
+        marker="x" if control else MARKERS[place % len(MARKERS)],
         markersize=5,
         linewidth=1.8,
         label=subject.label,

@@ -97,10 +97,15 @@ def subjects_of(
     return found
 
 
-def paper_tables(subjects: Sequence[Subject]) -> str:
-    """All tables for which any subject has a number, each under its heading."""
+def paper_tables(subjects: Sequence[Subject], *, held_out: bool = True) -> str:
+    """All tables for which any subject has a number, each under its heading.
+
+    Args:
+        subjects: the rows.
+        held_out: whether loss and recall on held-out documents are among them.
+    """
     parts = [
-        _held_out(subjects),
+        _held_out(subjects) if held_out else "",
         _short_tasks(subjects),
         _longbench(subjects),
         _long(subjects),

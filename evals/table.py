@@ -103,6 +103,11 @@ def table_cells(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]
     return headings, rows
 
 
+def has_documents(results: Mapping[str, Any]) -> bool:
+    """Whether held-out documents were measured, which the table is about."""
+    return any("overall" in metrics for metrics in results["mixers"].values())
+
+
 def caption(results: Mapping[str, Any]) -> str:
     """What the numbers are, in two sentences."""
     config = results["config"]

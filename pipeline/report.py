@@ -20,7 +20,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from evals.table import format_value, human_tokens, markdown_table
+from evals.paper_tables import paper_tables, subjects_of
+from evals.table import format_value, has_documents, human_tokens, markdown_table
 from pipeline.atomic import write_atomically
 from pipeline.evaluating.drawing import (
     COLOURS,
@@ -61,10 +62,10 @@ def write_report(
     (out_dir / "plots").mkdir(exist_ok=True)
     files = [out_dir / "results.json", out_dir / "table.md"]
     _write(files[0], (json.dumps(results, indent=2) + "\n").encode())
-    _write(files[1], markdown_table(results).encode())
+    _write(files[1], tables(results).encode())
     curves = {title: read_metrics(path) for title, path in metrics_files.items() if path.is_file()}
     figures: dict[str, Figure | None] = {
-        "summary": summary_figure(results),
+        "summary": summary_figure(results) if has_documents(results) else None,
         "loss_by_position": position_figure(results),
         "recall_by_distance": distance_figure(results),
         "alpha_by_layer": alpha_figure(results),
@@ -81,6 +82,13 @@ def write_report(
     for old in set((out_dir / "plots").glob("*.png")) - set(files):
         old.unlink()  # of an earlier evaluation, which showed more
     return files
+
+
+def tables(results: Mapping[str, Any]) -> str:
+    """Loss, recall and costs, then the tasks in the shape of the paper's tables, as Markdown."""
+    tasks = paper_tables(subjects_of({"": results}, controls=True), held_out=False)
+    held_out = markdown_table(results) if has_documents(results) else ""
+    return "\n".join(part for part in (held_out, tasks) if part)
 
 
 def _write(path: Path, content: bytes) -> None:

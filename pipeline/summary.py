@@ -6,11 +6,16 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+from rich import box
 from rich.console import Console
+from rich.table import Table
 
-from evals.table import terminal_table
+from evals.paper_tables import subjects_of
+from evals.table import has_documents, terminal_table
 from pipeline.config import split_entry
 from pipeline.context import folder_name, is_finished
 from pipeline.schema import RunConfig
@@ -27,12 +32,34 @@ def print_summary(config: RunConfig, run_dir: Path) -> None:
     """
     results = run_dir / "evaluate" / "results.json"
     if "evaluate" in config.stages and is_finished(run_dir, "evaluate") and results.is_file():
-        console = Console()
-        table = terminal_table(json.loads(results.read_text(encoding="utf-8")))
-        Console(width=max(console.width, TABLE_WIDTH)).print(table)
+        console = Console(width=max(Console().width, TABLE_WIDTH))
+        for table in _tables(json.loads(results.read_text(encoding="utf-8"))):
+            console.print(table)
         print()
     for title, text in _places(config, run_dir):
         print(f"{title:<9}{text}")
+
+
+def _tables(results: Mapping[str, Any]) -> Iterator[Table]:
+    """Loss, recall and costs, then the scores of the tasks; whichever there are."""
+    if has_documents(results):
+        yield terminal_table(results)
+    shown = [
+        s for s in subjects_of({"": results}) if any(s.score(task) is not None for task in s.tasks)
+    ]
+    if not shown:
+        return
+    table = Table(
+        title="Tasks, 0 to 100 (± one standard error; table.md has the controls)",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("task")
+    for subject in shown:
+        table.add_column(subject.label, justify="right", no_wrap=True)
+    for task in results["tasks"]:
+        table.add_row(task, *(subject.cell(task, error=True) for subject in shown))
+    yield table
 
 
 def _places(config: RunConfig, run_dir: Path) -> list[tuple[str, str]]:
