@@ -75,11 +75,13 @@ allmem_meeting_place() {
     export MASTER_PORT=${MASTER_PORT:-$((20000 + (SLURM_JOB_ID * 7 + ${SLURM_RESTART_COUNT:-0}) % 10000))}
 }
 
-# srun in the background, so that traps run at once; the step's exit code
+# srun in the background, so that traps run at once; the exit code that says why the step ended
 allmem_step() {
-    local code before=127
+    local code before=127 first
     ((stop_asked)) && return "$EXIT_REQUEUE"
-    srun --kill-on-bad-exit=1 "$@" &
+    rm -rf "$codes"
+    mkdir -p "$codes"
+    srun --kill-on-bad-exit=1 --wait=600 "$@" &
     step_pid=$!
     ((stop_asked)) && kill -USR1 "$step_pid" # it came between the lines above
     while :; do
@@ -91,6 +93,14 @@ allmem_step() {
     done
     step_pid=
     if ((code == 127 && before != 127)); then code=$before; fi
+    # srun gives the highest code, which is that of tasks it killed: the first one is the reason
+    first=$(cd "$codes" && find . -type f ! -name '*.75' -printf '%T@ %f\n' | sort -n | head -n 1)
+    if [[ -n $first ]]; then
+        code=${first##*.}
+    elif [[ -n $(find "$codes" -name '*.75' -print -quit) ]]; then
+        code=$EXIT_REQUEUE
+    fi
+    rm -rf "$codes"
     return "$code"
 }
 
@@ -126,8 +136,15 @@ allmem_python() {
         export TMPDIR="$1/allmem.$USER.$SLURM_JOB_ID.$SLURMD_NODENAME"
         mkdir -p -m 700 "$TMPDIR" || exit 2
         export TRITON_CACHE_DIR="$TMPDIR/triton" TORCHINDUCTOR_CACHE_DIR="$TMPDIR/inductor"
-        shift
-        exec "$@"' task "$ALLMEM_SCRATCH" "${words[@]}" python -m "$@"
+        codes=$2
+        shift 2
+        trap : USR1 TERM # Slurm signals this shell, too; it waits for what it has started
+        "$@"
+        code=$?
+        [ "$code" -eq 0 ] || : >"$codes/$SLURM_PROCID.$code"
+        [ "$code" -eq 75 ] && exit 0 # stopped as asked: no reason to kill those that still save
+        exit "$code"' task "$ALLMEM_SCRATCH" "$codes" \
+        "${words[@]}" python -m "$@"
 }
 
 on_stop() {
@@ -195,7 +212,7 @@ allmem_end() {
 }
 
 allmem_run() {
-    local words=() code
+    local words=() code codes
     [[ -n ${SLURM_JOB_ID:-} ]] || allmem_fail "this is a job script: sbatch $0 [overrides…]"
     while [[ $# -gt 0 && $1 != -- ]]; do
         words+=("$1")
@@ -213,6 +230,7 @@ allmem_run() {
     cd "$SLURM_SUBMIT_DIR" || allmem_fail "the folder of submission, $SLURM_SUBMIT_DIR, is not on ${SLURMD_NODENAME:-$HOSTNAME}"
     mkdir -p "$run_dir" || allmem_fail "run.dir=$run_dir cannot be made on ${SLURMD_NODENAME:-$HOSTNAME}; set ALLMEM_RUNS"
     run_dir=$(cd "$run_dir" && pwd)
+    codes=$run_dir/.slurm/$(job_ref).codes
     : "${USER:=$(id -un)}"
     export USER
     ALLMEM_SCRATCH=${ALLMEM_SCRATCH:-${SLURM_TMPDIR:-${TMPDIR:-/tmp}}}

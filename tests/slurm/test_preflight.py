@@ -1,0 +1,145 @@
+"""The preflight finds what is wrong and says on which node; as plain processes and under Slurm."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline.preflight import EXIT_PREFLIGHT
+from pipeline.preflight_place import Place
+from tests.slurm.cluster import ROOT, SlurmCluster
+from tests.slurm.conftest import JOB_ENV, shape
+
+SCRIPT = str(ROOT / "slurm" / "stage.sh")
+
+
+def start(rank: int, words: list[str], port: int, **env: str) -> subprocess.Popen[str]:
+    """One of two tasks, one on each of node1 and node2, as srun and common.sh start them."""
+    ours = {
+        **{key: value for key, value in os.environ.items() if not key.startswith("SLURM")},
+        **JOB_ENV,
+        "PYTHONPATH": str(ROOT),
+        "ALLMEM_NODES": "node1,node2",
+        "SLURM_TASKS_PER_NODE": "1(x2)",
+        "SLURM_NTASKS": "2",
+        "SLURM_PROCID": str(rank),
+        "SLURM_LOCALID": "0",
+        "SLURM_JOB_ID": "17",
+        "SLURMD_NODENAME": f"node{rank + 1}",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    return subprocess.Popen(
+        [sys.executable, "-m", "pipeline.preflight", *words],
+        env={**ours, **env},
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def outcome(tasks: list[subprocess.Popen[str]]) -> tuple[list[int], list[str]]:
+    """Exit codes and outputs; whatever hangs is ended."""
+    try:
+        outputs = [task.communicate(timeout=90)[0] for task in tasks]
+    finally:
+        for task in tasks:
+            task.kill()
+    return [task.returncode for task in tasks], outputs
+
+
+def a_port() -> int:
+    return random.SystemRandom().randrange(20000, 30000)
+
+
+def fake_package(folder: Path, name: str, version: str) -> str:
+    """A folder for PYTHONPATH in which Python finds another version of a package."""
+    about = folder / f"{name}-{version}.dist-info"
+    about.mkdir(parents=True)
+    (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    return str(folder)
+
+
+def test_two_nodes_that_are_fit_pass_and_leave_nothing(tmp_path: Path) -> None:
+    words = ["recipe=tiny", f"run.dir={tmp_path}/run", "parallel.device=cpu"]
+    port = a_port()
+    codes, outputs = outcome([start(rank, words, port) for rank in (0, 1)])
+    assert codes == [0, 0], outputs
+    assert "2 task(s) on node1, node2 are fit" in outputs[0]
+    assert not outputs[1]
+    assert not list((tmp_path / "run").iterdir())
+
+
+def test_all_that_is_wrong_is_said_with_the_node(tmp_path: Path) -> None:
+    words = ["recipe=tiny", f"run.dir={tmp_path}/run", "parallel.tp=3"]
+    other = fake_package(tmp_path / "other", "transformers", "0.0.1")
+    port, gpus = a_port(), {"SLURM_GPUS_ON_NODE": "8", "CUDA_VISIBLE_DEVICES": ""}
+    tasks = [start(0, words, port, CUDA_VISIBLE_DEVICES="")]
+    tasks += [start(1, words, port, PYTHONPATH=f"{other}:{ROOT}", **gpus)]
+    codes, outputs = outcome(tasks)
+    assert codes == [EXIT_PREFLIGHT] * 2
+    lines = [line.removeprefix("preflight: ") for line in outputs[0].splitlines()]
+    assert len(lines) == 3, outputs
+    assert lines[0].startswith("node1 (rank 0): the recipe is refused: parallel.tp=3 x parallel.cp")
+    assert lines[1].startswith("node2 (rank 1): Slurm gave 8 GPU(s) but PyTorch sees none")
+    assert lines[2].startswith("node2 (rank 1): transformers is 0.0.1, but ")
+
+
+@pytest.mark.slow
+def test_a_node_that_does_not_share_the_folder_is_named(tmp_path: Path) -> None:
+    words = ["recipe=tiny", "parallel.device=cpu"]
+    tasks = [start(rank, [*words, f"run.dir={tmp_path}/{rank}"], a_port()) for rank in (0, 1)]
+    codes, outputs = outcome(tasks)
+    assert codes == [EXIT_PREFLIGHT] * 2
+    assert "node2 (rank 1): no report within 35 s" in outputs[0]
+    assert f"node2 (rank 1): run.dir={tmp_path}/1 is not shared" in outputs[1]
+
+
+@pytest.mark.slow
+def test_a_node_that_cannot_reach_rank_0_is_named_within_a_minute(tmp_path: Path) -> None:
+    words = ["recipe=tiny", f"run.dir={tmp_path}/run", "parallel.device=cpu"]
+    started = time.monotonic()
+    codes, outputs = outcome([start(rank, words, a_port()) for rank in (0, 1)])
+    assert time.monotonic() - started < 70
+    assert set(codes) == {EXIT_PREFLIGHT}
+    assert "node2 (rank 1): no all-reduce with the other ranks" in outputs[1]
+
+
+def test_a_job_whose_second_node_is_not_fit_fails_and_names_it(
+    cluster: SlurmCluster, tmp_path: Path
+) -> None:
+    other = fake_package(tmp_path / "other", "torch", "0.0.1")
+    wrapper = tmp_path / "on_node2"
+    wrapper.write_text(
+        '#!/bin/bash\n[ "$SLURMD_NODENAME" = node2 ] && '
+        f'export PYTHONPATH="{other}:$PYTHONPATH"\nexec "$@"\n'
+    )
+    wrapper.chmod(0o755)
+    words = [*shape(tmp_path, nodes=2), SCRIPT, "stage=all", "recipe=tiny"]
+    env = {"ALLMEM_WRAPPER": str(wrapper), "ALLMEM_PREFLIGHT": "1"}
+    job = cluster.sbatch(*words, cwd=tmp_path, **env)
+    started = time.monotonic()
+    ended = cluster.wait(job)
+    assert time.monotonic() - started < 60
+    assert (ended["JobState"], ended["ExitCode"]) == ("FAILED", f"{EXIT_PREFLIGHT}:0")
+    assert "preflight: node2 (rank 1): torch is 0.0.1, but " in cluster.output(job)
+    assert not (tmp_path / "runs" / "tiny" / "prepare").exists()
+
+
+def test_ranks_are_told_by_their_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ALLMEM_NODES", "a,b,c")
+    monkeypatch.setenv("SLURM_TASKS_PER_NODE", "2(x2),1")
+    monkeypatch.setenv("SLURM_PROCID", "3")
+    monkeypatch.setenv("SLURMD_NODENAME", "b")
+    place = Place.from_environment()
+    assert [place.who(rank) for rank in (0, 1, 2, 3, 4, 5)] == [
+        "a (rank 0)", "a (rank 1)", "b (rank 2)", "b (rank 3)", "c (rank 4)", "rank 5",
+    ]  # fmt: skip
+    assert place.tasks_here == 2
