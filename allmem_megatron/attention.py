@@ -114,14 +114,16 @@ class TokenMixer(MegatronModule):
             return self._project(self._attend(q, k, v, inputs, _FULL)), None
         out = self._project(self._attend(q, k, v, inputs, _window(settings)))
         if settings.mode in ("allmem", "mamba2") and not settings.memory_off:
-            out = out + self._memory(x, inputs, settings)
+            out = self._memory(x, inputs, settings, out)
         return out, None
 
-    def _memory(self, x: Tensor, inputs: MixerInputs, settings: MixerSettings) -> Tensor:
-        """The branch's output, shaped as x."""
+    def _memory(
+        self, x: Tensor, inputs: MixerInputs, settings: MixerSettings, base: Tensor | None = None
+    ) -> Tensor:
+        """The branch's output, shaped as x; on top of `base` where one is given."""
         if self.memory is None:
             raise ValueError("this model was built with branch='none'; build it with a branch")
-        return self.memory(x, settings, inputs.cu_seqlens, inputs.context, self.layer_number)
+        return self.memory(x, settings, inputs.cu_seqlens, inputs.context, self.layer_number, base)
 
     def _qkv(self, x: Tensor, inputs: MixerInputs) -> tuple[Tensor, Tensor, Tensor]:
         """q [B, T, H, K] and k, v [B, T, G, K] of this rank, normed and rotated."""

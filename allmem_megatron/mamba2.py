@@ -47,8 +47,9 @@ class Mamba2Branch(BranchBase):
         cu_seqlens: Tensor | None,
         shard: ContextShard | None = None,
         layer: int = 0,
+        base: Tensor | None = None,
     ) -> Tensor:
-        """Runs the recurrence over x [T, B, D]; returns alpha * its output, shaped as x.
+        """Runs the recurrence over x [T, B, D]; returns base + alpha * its output, shaped as x.
 
         Arguments as in `MemoryBranch.forward`. The controls mean the same as for the memory:
         `write_off` keeps the state empty, `shuffle_state` reads another row's state.
@@ -58,9 +59,7 @@ class Mamba2Branch(BranchBase):
             cu_seqlens = shard.local_cu_seqlens
         x = self.entered(x)
         q, k, v = self.convolved(x, cu_seqlens, shard, layer)
-        c = self.heads(F.silu(q), self.qk_head_dim)
-        b = self.heads(F.silu(k), self.qk_head_dim)
-        v = self.heads(F.silu(v), self.head_dim)
+        c, b, v = F.silu(q), F.silu(k), F.silu(v)
         dt = F.softplus(self.project(self.dt_proj, x).float())
         gate = self.project(self.gate_proj, x)
         self.mean_dt = dt.detach().mean()
@@ -75,4 +74,4 @@ class Mamba2Branch(BranchBase):
             y = ssd_over_ranks((v, dt, b, c), self.a_log, shard, layer)
         if settings.shuffle_state:
             y = y.roll(-1, dims=0)
-        return self.output(y + self.d_skip[:, None] * v, gate)
+        return self.output(y + self.d_skip[:, None] * v, gate, base)

@@ -28,13 +28,8 @@ from allmem_megatron.memory_parallel import conv_halo, keep_gradients, memory_ov
 from allmem_megatron.norm import shared_over_tp
 from allmem_megatron.shard_scan import ShardDocuments, Streams
 from kernels.ttt_memory import FastWeights, memory_scan
-from kernels.ttt_memory.branch import (
-    causal_conv,
-    eta_from,
-    memory_output,
-    memory_qk,
-    mu_from,
-)
+from kernels.ttt_memory.branch import eta_from, mu_from
+from kernels.ttt_memory.fused import add_scaled, conv_heads, gated_output
 
 
 class BranchBase(MegatronModule):
@@ -114,38 +109,40 @@ class BranchBase(MegatronModule):
         out: Tensor = linear(x)[0]
         return out.transpose(0, 1)
 
-    def heads(self, x: Tensor, head_dim: int) -> Tensor:
-        """[B, T, H K] -> [B, T, H, K]."""
-        return x.unflatten(-1, (self.num_heads, head_dim))
-
     def convolved(
         self,
         x: Tensor,
         cu_seqlens: Tensor | None,
         shard: ContextShard | None = None,
         layer: int = 0,
+        *,
+        norms: tuple[Tensor, Tensor] | None = None,
     ) -> list[Tensor]:
-        """q, k, v of equation (2), each [B, T, H K]."""
+        """q, k, v of equation (2), each [B, T, H, K]; with `norms`, of equation (3)."""
         inputs = [self.project(linear, x) for linear in (self.q_proj, self.k_proj, self.v_proj)]
         convs = (self.q_conv, self.k_conv, self.v_conv)
         tails: list[Tensor] | list[None] = [None] * 3
         if shard is not None:
             tails = conv_halo(inputs, self.q_conv.shape[-1] - 1, shard, layer)
+        weights = (None, None, None) if norms is None else (*norms, None)
         return [
-            causal_conv(part, conv, tail=tail, cu_seqlens=cu_seqlens)[0]
-            for part, conv, tail in zip(inputs, convs, tails, strict=True)
-        ]
+            conv_heads(
+                part, conv, self.num_heads, norm=weight, eps=self.eps, tail=tail,
+                cu_seqlens=cu_seqlens,
+            )
+            for part, conv, weight, tail in zip(inputs, convs, weights, tails, strict=True)
+        ]  # fmt: skip
 
-    def output(self, v_hat_BTHK: Tensor, gate_logits: Tensor) -> Tensor:
-        """alpha times equation (12), [T, B, D]; gate_logits [B, T, H]."""
+    def output(self, v_hat_BTHK: Tensor, gate_logits: Tensor, base: Tensor | None) -> Tensor:
+        """alpha times equation (12), [T, B, D], on top of `base`; gate_logits [B, T, H]."""
         norm_weight = shared_over_tp(self.o_norm, self.tp_group)
-        mixed = memory_output(v_hat_BTHK, norm_weight, gate_logits, self.eps)
+        mixed = gated_output(v_hat_BTHK, norm_weight, gate_logits, self.eps)
         # [B, T, H K] -> [T, B, H K]
         out, _ = self.o_proj(mixed.transpose(0, 1).contiguous())
         alpha: Tensor = self.alpha
         if self.config.sequence_parallel:  # each rank multiplies T / tp tokens
             alpha = shared_over_tp(alpha, self.tp_group)
-        return alpha * out
+        return alpha * out if base is None else add_scaled(base, alpha, out)
 
 
 class MemoryBranch(BranchBase):
@@ -188,6 +185,7 @@ class MemoryBranch(BranchBase):
         cu_seqlens: Tensor | None,
         shard: ContextShard | None = None,
         layer: int = 0,
+        base: Tensor | None = None,
     ) -> Tensor:
         """Reads and writes the memory over x.
 
@@ -197,9 +195,10 @@ class MemoryBranch(BranchBase):
             cu_seqlens: [N + 1] document bounds for B = 1, or None.
             shard: where the tokens lie if other ranks hold some; cu_seqlens is then not read.
             layer: names what goes to and comes from those ranks.
+            base: what the branch is added to, shaped as x.
 
         Returns:
-            alpha * AllMem(x), shaped as x.
+            base + alpha * AllMem(x), shaped as x.
 
         Raises:
             ValueError: `shuffle_state` with rows that do not fit it, or with a shard.
@@ -209,10 +208,10 @@ class MemoryBranch(BranchBase):
             cu_seqlens = shard.local_cu_seqlens
         x = self.entered(x)
         # all that needs no state comes first: with a shard, the scan waits for the rank before
-        q, k, v = self.convolved(x, cu_seqlens, shard, layer)
-        q, k, v = (self.heads(part, self.head_dim) for part in (q, k, v))
-        q = memory_qk(q, shared_over_tp(self.q_norm, self.tp_group), self.eps)
-        k = memory_qk(k, shared_over_tp(self.k_norm, self.tp_group), self.eps)
+        norms = (
+            shared_over_tp(self.q_norm, self.tp_group), shared_over_tp(self.k_norm, self.tp_group)
+        )  # fmt: skip
+        q, k, v = self.convolved(x, cu_seqlens, shard, layer, norms=norms)
         # rates in float32: bfloat16 has three digits
         eta_logits = self.project(self.eta_proj, x).float()
         eta = eta_from(eta_logits.unflatten(-1, (self.num_heads, 3)))
@@ -231,7 +230,7 @@ class MemoryBranch(BranchBase):
         v_hat = self._scan((q, k, v, eta, mu), weights, chunk_size, cu_seqlens, shard, layer)
         if settings.shuffle_state:
             v_hat = v_hat.roll(-1, dims=0)
-        return self.output(v_hat, gate)
+        return self.output(v_hat, gate, base)
 
     def _scan(
         self,
