@@ -117,6 +117,9 @@ class EvalConfig:
     min_length: int = 0
     """Tokens that a document must have; 0 takes those longer than the window."""
 
+    memory_norms: bool = True
+    """Whether the memory's state is followed along one held-out document, for a figure."""
+
     logits_rows: int = 1024
     """Positions whose logits are held at once; bounds memory to `logits_rows * vocabulary`."""
 

@@ -68,6 +68,11 @@ class TaskRuns:
         if self.settings.suites.tasks:
             self.tasks = build_tasks(self.settings.suites, tokenizer=TextTokenizer(self.tokenizer))
 
+    @property
+    def wanted(self) -> bool:
+        """Whether there is any task."""
+        return bool(self.tasks or self.settings.short_tasks)
+
     def _data_dir(self) -> Any:
         if self.settings.data_dir is None:
             return None

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from allmem_megatron.convert import model_to_hf
 from allmem_megatron.model import AllMemGPTModel
 from pipeline.config import PROJECT_ROOT
 from pipeline.context import StageContext
@@ -30,7 +32,7 @@ from pipeline.evaluation import (
     weights_identity,
 )
 from pipeline.generation import Generator
-from pipeline.generation_models import hf_model_from_megatron
+from pipeline.generation_models import build_hf_model
 from pipeline.models import base_config, choose_dtype, load_model, open_base
 from pipeline.schema import RunConfig
 from pipeline.tokenizer import open_tokenizer
@@ -55,6 +57,7 @@ class Subjects:
             for branch, weights in self.weights.items()
         }
         self._models: dict[str, AllMemGPTModel] = {}
+        self._tensors: dict[str, dict[str, Tensor]] = {}
         self._generators: dict[str, Generator] = {}
         self._foreign: ForeignMemory | None = None
 
@@ -99,9 +102,11 @@ class Subjects:
             settings = subject.settings
             if settings.shuffle_state:
                 settings = replace(settings, shuffle_state=False, write_off=True)
-            base = open_base(self.config)
-            model = hf_model_from_megatron(
-                self.model(subject),
+            base, branch = open_base(self.config), self.branch(subject)
+            model = build_hf_model(
+                self.base,
+                self._tensors_of(subject),
+                None if branch == "none" else self.config.mixer.memory,
                 settings,
                 hf_config=None if base is None else base.hf_config,
                 device=self.context.device,
@@ -111,6 +116,30 @@ class Subjects:
                 model, prefill_chunk=generation.prefill_chunk, max_batch=generation.batch_size
             )
         return self._generators[subject.name]
+
+    def _tensors_of(self, subject: Subject) -> dict[str, Tensor]:
+        """A branch's weights by Hugging Face name; all subjects' models hold these very tensors."""
+        branch = self.branch(subject)
+        if branch not in self._tensors:
+            tensors = dict(model_to_hf(self.model(subject)))
+            for other in self._tensors.values():
+                for name, tensor in tensors.items():
+                    if name in other and torch.equal(tensor, other[name]):
+                        tensors[name] = other[name]
+            self._tensors[branch] = tensors
+        return self._tensors[branch]
+
+    def alphas(self, subject: Subject) -> dict[str, float]:
+        """Mean |α| over channels of each layer of the branch, equation (1)."""
+        tensors = self._tensors_of(subject)
+        return {
+            str(layer): float(tensors[f"model.layers.{layer}.memory.alpha"].float().abs().mean())
+            for layer in range(self.base.num_layers)
+        }
+
+    def release_training_models(self) -> None:
+        """Let go of what only the training models hold; they are loaded anew if asked for."""
+        self._models.clear()
 
     def speaker(self, subject: Subject) -> Speaker:
         """The subject as something that answers texts."""

@@ -87,6 +87,10 @@ class _Evaluation:
         metrics: dict[str, Metrics] = {subject.name: {} for subject in present}
         if self.documents is not None:
             self._measure_documents(self.documents, present, metrics)
+        if self.tasks.wanted:
+            for subject in present:
+                self.subjects.generator(subject)
+            self.subjects.release_training_models()
         generated = self.tasks.run(present)
         for subject in present:
             metrics[subject.name].update(generated.metrics.get(subject.name, {}))
@@ -150,10 +154,8 @@ class _Evaluation:
         """Mean |α| by layer where no document told it, and how the memory's state grows."""
         found: Metrics = {}
         if BRANCH_OF[subject.mixer] != "none" and "alpha_by_layer" not in known:
-            statistics = self.subjects.model(subject).memory_statistics()
-            alphas = {k: v for k, v in statistics.items() if k.startswith("alpha_abs/")}
-            found["alpha_by_layer"] = memory_metrics(alphas)["alpha_by_layer"]
-        if subject.mixer == "allmem" and self.documents is not None:
+            found["alpha_by_layer"] = self.subjects.alphas(subject)
+        if subject.mixer == "allmem" and self.documents is not None and self.settings.memory_norms:
             longest = max(self.documents.documents, key=lambda document: len(document.tokens))
             found.update(memory_norms(self.subjects.generator(subject), longest.tokens.tolist()))
         return found
