@@ -10,12 +10,12 @@ RUN_DIR ?= runs
 # Keep large buffers in the process instead of giving them back after every operation (CPU training).
 export MALLOC_MMAP_THRESHOLD_ ?= 1073741824
 export MALLOC_TRIM_THRESHOLD_ ?= 4294967296
-# Options of `make bench`, such as BENCH_ARGS="--text books.jsonl --tokenizer path/to/tokenizer"
+# Options of `make bench-data`, such as BENCH_ARGS="--text books.jsonl --tokenizer path/to/tokenizer"
 BENCH_ARGS ?=
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo_long demo_base smollm2 check test test-slow test-gpu bench format clean
+.PHONY: help install demo demo_long demo_base smollm2 check test test-slow test-gpu bench bench-data bench-speed bench-gpu format clean
 
 help:  ## this list
 	@grep -hE '^[a-z_0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -60,9 +60,19 @@ test-slow: $(STAMP)  ## the tests that take minutes
 test-gpu: $(STAMP)  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
 
-bench: $(STAMP)  ## speed of data preparation beside datasets.map and datatrove (BENCH_ARGS=--help)
+bench: bench-data bench-speed  ## all benchmarks that this machine can run
+
+bench-data: $(STAMP)  ## speed of data preparation beside datasets.map and datatrove (BENCH_ARGS=--help)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[bench]"
 	$(BIN)/python -m benchmarks.data $(BENCH_ARGS)
+
+bench-speed: $(STAMP)  ## kernels and whole models with their floors (docs/kernels.md); GPU, or small shapes on a CPU
+	$(BIN)/python -m benchmarks.kernels
+	$(BIN)/python -m benchmarks.models
+	$(BIN)/python -m benchmarks.targets --kernels runs/bench/kernels_gpu.json --models runs/bench/models_gpu.json --out runs/bench/targets.json
+
+bench-gpu: $(STAMP)  ## everything that needs a GPU in one command: tests, sanitizer, speeds, targets
+	PYTHON=$(BIN)/python bash benchmarks/gpu.sh
 
 format: $(STAMP)  ## format and mend what ruff can
 	$(BIN)/ruff check --fix .

@@ -18,6 +18,9 @@ from torch import Tensor
 from benchmarks.measure import Ceilings, Stopwatch, Work, relative_error
 from benchmarks.rows import Results, Row, failed, measured, missing, refused
 
+BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
+"""Largest error of a single operation, by the dtype of its inputs."""
+NEEDS_CUDA = "needs a CUDA device; interpreted on a CPU its speed says nothing"
 Leaves = dict[str, Tensor]
 Function = Callable[[Leaves], Tensor]
 

@@ -26,6 +26,28 @@ def memory_scan(shape: Shape, batch: int, tokens: int, element: int, *, backward
     return _work(batch * tokens, flops, inputs, out, backward)
 
 
+def piece(
+    name: str, shape: Shape, batch: int, tokens: int, element: int, *, backward: bool
+) -> Work:
+    """What stands around the scan, bound by bytes: its tensors once, and the gradients once.
+
+    `conv`: projected in, heads out, 4 taps. `gate`: V^ and a gate logit a head in, mixed out.
+    `add`: base and branch in, their sum out; base's gradient is the output's own.
+    """
+    if name == "add":
+        width = shape.hidden_size
+        # forward x, base -> out; backward: the gradient in, x again (for alpha's), x's gradient out
+        return Work(
+            flops=(6 if backward else 2) * width * batch * tokens,
+            bytes=(6 if backward else 3) * width * element * batch * tokens,
+        )
+    width = shape.memory_size
+    inputs = width * element + (shape.memory_heads * element if name == "gate" else 0)
+    return _work(
+        batch * tokens, (16 if name == "conv" else 8) * width, inputs, width * element, backward
+    )
+
+
 def delta_rule(shape: Shape, batch: int, tokens: int, element: int, *, backward: bool) -> Work:
     """6 n d_h^2 FLOPs a token: S k, the outer product that is added, S q; a gate and a rate."""
     n, width = shape.memory_heads, shape.memory_head_dim

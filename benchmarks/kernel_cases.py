@@ -16,16 +16,15 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import floors, kernel_peers
-from benchmarks.contest import Contender, Contest, Function, Leaves
+from benchmarks.contest import BOUNDS, NEEDS_CUDA, Contender, Contest, Function, Leaves
+from benchmarks.kernel_pieces import PIECES, make_piece
 from benchmarks.mixer_case import frozen_names, mixer_leaves, token_mixer
 from benchmarks.rows import Row
 from benchmarks.shapes import Shape
 from kernels.swa import sliding_window_attention
 from kernels.ttt_memory import FastWeights, memory_scan, reference
 
-BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
 TF32_BOUND = 5e-3
-NEEDS_CUDA = "needs a CUDA device; interpreted on a CPU its speed says nothing"
 _CHECK = 8192  # tokens
 _SLOW_CHECK = 1024  # where the reference goes token by token, or forms T x T scores
 
@@ -42,10 +41,10 @@ def make_contest(
     compiled: bool,
     spoil: str = "",
 ) -> Contest:
-    """Inputs and versions of `op`: `memory`, `attention` or `mixer`.
+    """Inputs and versions of `op`.
 
     Args:
-        op: what is measured.
+        op: what is measured: `memory`, `attention`, `mixer`, or one of `PIECES`.
         shape: sizes and settings.
         batch: B.
         tokens: T.
@@ -69,6 +68,7 @@ def make_contest(
         "chunk_size": shape.chunk_size,
     }
     makers = {"memory": _memory, "attention": _attention, "mixer": _mixer}
+    makers |= {piece: partial(make_piece, piece) for piece in PIECES}
     generator = torch.Generator(device).manual_seed(0)
     draw = partial(torch.randn, device=device, generator=generator)
     contest = makers[op](case, shape, draw, dtype, backward, compiled)
@@ -331,21 +331,34 @@ def _mixer(
         )
 
     no_compile = "" if compiled else "left out by --no-compile"
+    no_triton = "" if cuda else NEEDS_CUDA
+    branch = (
+        ("triton + flex, fused", fast_window, scan("triton"), "fused", no_triton),
+        ("triton + flex", fast_window, scan("triton"), "eager", no_triton),
+        (
+            "triton + flex, compiled",
+            fast_window,
+            scan("triton"),
+            "compiled",
+            no_triton or no_compile,
+        ),
+        ("plain", plain_window, scan("reference"), "eager", ""),
+        ("plain, compiled", plain_window, by_steps, "compiled", no_compile),
+    )
     contenders = [
-        contender(
-            "allmem: triton + flex", "allmem", attend=fast_window, scan=scan("triton"),
-            pieces="eager", unavailable="" if cuda else NEEDS_CUDA,
-        ),
-        contender(
-            "allmem: plain", "allmem", attend=plain_window, scan=scan("reference"), pieces="eager"
-        ),
-        contender(
-            "allmem: plain, compiled", "allmem", attend=plain_window, scan=by_steps,
-            pieces="compiled", unavailable=no_compile,
-        ),
-        contender("window alone", "swa", attend=fast_window, pieces="eager"),
-        contender("full: SDPA", "full", attend=full, pieces="eager"),
+        contender(f"allmem: {name}", "allmem", attend=attend, scan=inner, pieces=pieces,
+                  unavailable=unavailable)
+        for name, attend, inner, pieces, unavailable in branch
     ]  # fmt: skip
+    for name, formula, attend in (
+        ("window alone", "swa", fast_window),
+        ("full: SDPA", "full", full),
+    ):
+        contenders.append(contender(name, formula, attend=attend, pieces="eager"))
+        name = f"{name}, compiled"
+        contenders.append(
+            contender(name, formula, attend=attend, pieces="compiled", unavailable=no_compile)
+        )
     wanted = ("x", *(name for name in memory if name != "x")) if backward else ()
     return Contest(
         case=case, leaves=leaves, along=frozenset(("x",)), wanted=wanted, contenders=contenders

@@ -22,13 +22,14 @@ from pathlib import Path
 import torch
 
 from benchmarks.kernel_cases import make_contest
+from benchmarks.kernel_pieces import PIECES
 from benchmarks.measure import ROOT, Stopwatch, machine, measure_ceilings
 from benchmarks.rows import Results, missing, report_end
 from benchmarks.shapes import SHAPES
 from benchmarks.speed_plots import plot_kernels
 
-RESULTS = ROOT / "benchmarks" / "results"
-OPS = ("memory", "attention", "mixer")
+RESULTS = ROOT / "runs" / "bench"
+OPS = ("memory", "attention", "mixer", *PIECES)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Group = tuple[str, str, int, int, bool]
 """op, shape, T, B, whether with the backward pass"""
@@ -41,6 +42,7 @@ GPU_GROUPS: tuple[Group, ...] = (
     ("mixer", "Qwen3-1.7B", 24576, 1, True),
     ("attention", "Qwen3-1.7B", 131072, 1, False),
     ("mixer", "Qwen3-1.7B", 131072, 1, False),
+    *((piece, "Qwen3-1.7B", 24576, 1, True) for piece in PIECES),
     ("memory", "Qwen3-1.7B", 4096, 8, True),
     ("memory", "Qwen3-1.7B", 131072, 1, True),
     ("mixer", "Qwen3-8B", 24576, 1, True),
@@ -49,11 +51,14 @@ GPU_GROUPS: tuple[Group, ...] = (
     ("mixer", "Qwen3-0.6B", 131072, 1, False),
     ("attention", "Qwen3-8B", 24576, 1, True),
 )
-CPU_GROUPS: tuple[Group, ...] = tuple(
-    (op, "small", tokens, 1, backward)
-    for op in OPS
-    for tokens in (1024, 4096)
-    for backward in (False, True)
+CPU_GROUPS: tuple[Group, ...] = (
+    *(
+        (op, "small", tokens, 1, backward)
+        for op in OPS[:3]
+        for tokens in (1024, 4096)
+        for backward in (False, True)
+    ),
+    *((piece, "small", 4096, 1, True) for piece in PIECES),
 )
 TINY_GROUPS: tuple[Group, ...] = tuple((op, "tiny", 100, 2, True) for op in OPS)
 
@@ -81,9 +86,7 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
         "--spoil", default="", help="make this version's output wrong, to see it refused"
     )
     parser.add_argument("--fresh", action="store_true", help="measure again what there is")
-    parser.add_argument(
-        "--out", type=Path, help="JSON file; default: benchmarks/results/kernels_*.json"
-    )
+    parser.add_argument("--out", type=Path, help="JSON file; default: runs/bench/kernels_*.json")
     return parser.parse_args(words)
 
 

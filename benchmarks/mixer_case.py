@@ -7,7 +7,7 @@ T tokens, D model width, H heads, K head width.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.contest import Function, Leaves
 from benchmarks.shapes import Shape
-from kernels.ttt_memory import branch
+from kernels.ttt_memory import branch, fused
 
 EPS = 1e-6
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -76,9 +76,11 @@ def token_mixer(
         shape: sizes.
         attend: the base's attention, q, k, v `[B, T, heads, K]`.
         scan: the memory; None leaves the branch out.
-        pieces: "compiled" has torch.compile make what stands before and after attention and scan.
+        pieces: what stands before and after attention and scan: "eager", "compiled" (by
+            torch.compile), or "fused" (the branch's by the kernels behind
+            `kernels.ttt_memory.fused`).
     """
-    before, inputs, after = _pieces(pieces == "compiled")
+    before, inputs, after = _pieces(pieces)
     q, k, v = before(leaves, shape.head_dim)
     out = attend(q, k, v).flatten(2) @ leaves["o_proj"].mT
     if scan is None:
@@ -107,16 +109,19 @@ def _attention_inputs(leaves: Leaves, head_dim: int) -> tuple[Tensor, Tensor, Te
     return turned(q, leaves["q_norm"]), turned(k, leaves["k_norm"]), v
 
 
-def _memory_inputs(leaves: Leaves, heads: int, eta_init: float) -> Leaves:
+def _memory_inputs(
+    leaves: Leaves, heads: int, eta_init: float, backend: str = "reference"
+) -> Leaves:
     """Equations (2) to (5): q, k, v, eta and mu."""
     x = leaves["x"]
     streams = {}
     for name in ("q", "k", "v"):
         projected = x @ leaves[f"memory.{name}_proj"].mT
-        y, _ = branch.causal_conv(projected, leaves[f"memory.{name}_conv"])
-        streams[name] = y.unflatten(-1, (heads, -1))
-    for name in ("q", "k"):
-        streams[name] = branch.memory_qk(streams[name], leaves[f"memory.{name}_norm"], EPS)
+        norm = None if name == "v" else leaves[f"memory.{name}_norm"]
+        conv = leaves[f"memory.{name}_conv"]
+        streams[name] = fused.conv_heads(
+            projected, conv, heads, norm=norm, eps=EPS, backend=backend
+        )
     logits = x @ leaves["memory.rates"].mT
     eta, mu = logits.split([3 * heads, heads], -1)
     bias = branch.eta_bias(eta_init)
@@ -126,16 +131,22 @@ def _memory_inputs(leaves: Leaves, heads: int, eta_init: float) -> Leaves:
     return streams
 
 
-def _add_output(leaves: Leaves, v_hat: Tensor, attended: Tensor) -> Tensor:
+def _add_output(
+    leaves: Leaves, v_hat: Tensor, attended: Tensor, backend: str = "reference"
+) -> Tensor:
     """Equations (12) and (1)."""
     gate = leaves["x"] @ leaves["memory.gate_proj"].mT
-    mixed = branch.memory_output(v_hat, leaves["memory.o_norm"], gate, EPS)
-    return attended + leaves["memory.alpha"] * (mixed @ leaves["memory.o_proj"].mT)
+    mixed = fused.gated_output(v_hat, leaves["memory.o_norm"], gate, EPS, backend=backend)
+    out = mixed @ leaves["memory.o_proj"].mT
+    return fused.add_scaled(attended, leaves["memory.alpha"], out, backend=backend)
 
 
 @cache
-def _pieces(compiled: bool) -> tuple[Callable[..., Any], ...]:
+def _pieces(kind: str) -> tuple[Callable[..., Any], ...]:
     pieces = (_attention_inputs, _memory_inputs, _add_output)
-    if not compiled:
+    if kind == "eager":
         return pieces
+    if kind == "fused":
+        by_triton = (partial(piece, backend="triton") for piece in pieces[1:])
+        return (_attention_inputs, *by_triton)
     return tuple(torch.compile(piece, dynamic=False) for piece in pieces)

@@ -28,7 +28,7 @@ from benchmarks.rows import Results, report_end
 from benchmarks.shapes import SHAPES
 from benchmarks.speed_plots import plot_models
 
-RESULTS = ROOT / "benchmarks" / "results"
+RESULTS = ROOT / "runs" / "bench"
 
 Group = tuple[str, str, int]
 """shape, mixer (or "training"), T"""
@@ -66,6 +66,7 @@ GPU_GROUPS: tuple[Group, ...] = (
 CPU_GROUPS: tuple[Group, ...] = (
     *(("small", mixer, tokens) for tokens in (1024, 4096, 16384) for mixer in MIXERS),
     ("small", "training", 2048),
+    ("small", "allmem", 65536),
 )
 TINY_GROUPS: tuple[Group, ...] = (
     *(("tiny", mixer, 96) for mixer in MIXERS),
@@ -93,9 +94,7 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeat-s", type=float, default=6.0, help="of repeats of one figure")
     parser.add_argument("--spoil", default="", help="make this mixer wrong, to see it refused")
     parser.add_argument("--fresh", action="store_true", help="measure again what there is")
-    parser.add_argument(
-        "--out", type=Path, help="JSON file; default: benchmarks/results/models_*.json"
-    )
+    parser.add_argument("--out", type=Path, help="JSON file; default: runs/bench/models_*.json")
     return parser.parse_args(words)
 
 

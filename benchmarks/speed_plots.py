@@ -48,7 +48,7 @@ def plot_kernels(path: Path) -> Path | None:
 def _bars(axis: Axes, name: str, rows: list[Row]) -> None:
     cpu = rows[0]["cpu_seconds"] is not None
     times = [1e3 * (row["cpu_seconds"] if cpu else row["seconds"]) for row in rows]
-    ours = ("triton", "allmem: triton", "window", "flex")
+    ours = ("triton", "allmem: triton", "window: flex")
     colours = [OURS if row["name"].startswith(ours) else OTHERS for row in rows]
     places = range(len(rows))
     axis.barh(places, times, color=colours, height=0.7)
@@ -82,7 +82,6 @@ def plot_models(path: Path) -> Path | None:
         _curves(line[1], own, "decode", "ms_per_token", "decode, ms a step")
         _curves(line[2], own, "decode", "cache_mib", "cache of one sequence, MiB")
         line[0].set_title(shape, loc="left", fontsize=10, color=INK)
-        line[2].set_yscale("log")
     axes[0][0].legend(fontsize=8, frameon=False)
     figure.suptitle(_title(found), fontsize=10, color="#555555")
     return _save(figure, path)
@@ -103,7 +102,10 @@ def _curves(axis: Axes, rows: list[Row], op: str, what: str, label: str) -> None
                 color=colour, label=name, markersize=4, linewidth=1.4,
             )  # fmt: skip
     axis.set_xscale("log", base=2)
-    axis.set_ylim(bottom=0)
+    if what == "cache_mib":
+        axis.set_yscale("log")
+    else:
+        axis.set_ylim(bottom=0)
     axis.set_xlabel("tokens", fontsize=8)
     axis.set_ylabel(label, fontsize=8)
     axis.spines[["top", "right"]].set_visible(False)

@@ -183,3 +183,13 @@ def test_the_command_for_a_gpu_runs_every_part(tmp_path: Path) -> None:
         refused = subprocess.run(script, cwd=ROOT, env=environment, capture_output=True, text=True)
         assert refused.returncode == 2
         assert "--dry runs the same on the CPU" in refused.stderr
+
+
+def test_the_fused_triton_version_fits_the_benchmark_and_passes_its_check() -> None:
+    pytest.importorskip("triton", reason="pip install triton (Linux) to interpret the kernels")
+    contest = make_contest(
+        "mixer", SHAPES["tiny"], batch=1, tokens=37, backward=True, device=CPU, dtype=torch.float32,
+        compiled=False,
+    )  # fmt: skip
+    one = next(c for c in contest.contenders if c.name == "allmem: triton + flex, fused")
+    assert contest.error_of(one) <= one.bound
