@@ -34,6 +34,9 @@ from pipeline.preflight_place import Place
 from pipeline.schema import RunConfig
 from pipeline.survival import leave
 
+# Heavy packages are imported by the checks that need them: one that is broken on a node is found,
+# and not met here.
+
 EXIT_PREFLIGHT = 78
 """Nodes or recipe are not fit, and nothing was started (EX_CONFIG of sysexits.h)."""
 
@@ -163,12 +166,15 @@ def _limit(place: Place, started: float) -> Iterator[Doing]:
 
 
 def _own_report(config: RunConfig, place: Place) -> Report:
-    problems = [*gpu_problems(config, place), *room_problems(place)]
-    if place.rank == 0:
-        problems += recipe_problems(config, place)
-    return Report(
-        rank=place.rank, node=place.node, problems=problems, versions=versions(config, place)
-    )
+    report = Report(rank=place.rank, node=place.node)
+    try:
+        report.problems.extend([*gpu_problems(config, place), *room_problems(place)])
+        report.versions.update(versions(config, place))
+        if place.rank == 0:
+            report.problems.extend(recipe_problems(config, place))
+    except ImportError as error:
+        report.problems.append(f"its environment is broken: {type(error).__name__}: {error}")
+    return report
 
 
 def _follow(config: RunConfig, meeting: Meeting, started: float, doing: Doing) -> int:

@@ -13,7 +13,6 @@ from importlib import metadata
 from pathlib import Path
 
 from pipeline.config import PROJECT_ROOT, split_entry
-from pipeline.context import DONE_FILE, folder_name
 from pipeline.preflight_place import Place
 from pipeline.schema import TRAINING_STAGES, RunConfig
 
@@ -125,6 +124,8 @@ def recipe_problems(config: RunConfig, place: Place) -> list[str]:
 
 def _training(config: RunConfig) -> list[str]:
     """Training entries of this call that are not complete."""
+    from pipeline.context import DONE_FILE, folder_name
+
     wanted = config.stages if config.stage.name == "all" else (config.stage.name,)
     run_dir = Path(config.run.dir)
     return [
