@@ -1,17 +1,14 @@
 """Writes a folder that `AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True)` loads.
 
 The folder holds the weights, the configuration, the tokenizer's files and the model's code, with
-the reference kernels it calls, so that it works where this project is not installed.
+the kernels it calls, so that it works where this project is not installed (`shipping`).
 """
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import difflib
-import importlib.util
 import json
-import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,19 +23,8 @@ from transformers import AutoConfig
 from allmem_hf.configuration_allmem import AllMemConfig
 from allmem_hf.files import replace_folder, restore_folder, save_tensors, sync
 from allmem_hf.modeling_allmem import AllMemForCausalLM
+from allmem_hf.shipping import shipped_modules, shipped_source
 
-# Module of this project -> module beside the exported weights.
-SHIPPED = {
-    "allmem_hf.configuration_allmem": "configuration_allmem",
-    "allmem_hf.layout_allmem": "layout_allmem",
-    "allmem_hf.cache_allmem": "cache_allmem",
-    "allmem_hf.layers_allmem": "layers_allmem",
-    "allmem_hf.modeling_allmem": "modeling_allmem",
-    "kernels.ttt_memory.reference": "ttt_memory_reference",
-    "kernels.ttt_memory.branch": "ttt_memory_branch",
-    "kernels.swa.reference": "swa_reference",
-    "kernels.ssd.reference": "ssd_reference",
-}
 _AUTO_MAP = {
     "AutoConfig": "configuration_allmem.AllMemConfig",
     "AutoModel": "modeling_allmem.AllMemModel",
@@ -122,8 +108,8 @@ def export_model(
     restore_folder(out)
     _check_files(out, files)
     with _replacing(out) as partial:
-        for module, name in SHIPPED.items():
-            (partial / f"{name}.py").write_text(_shipped_source(module), encoding="utf-8")
+        for module, name in shipped_modules().items():
+            (partial / f"{name}.py").write_text(shipped_source(module), encoding="utf-8")
         config.dtype = _write_weights(partial, shapes, tensors, shard_bytes)
         _write_json(partial / "config.json", _config_dict(config))
         for file in files:
@@ -259,7 +245,7 @@ def _check_files(out: Path, files: list[Path]) -> None:
     absent = [str(file) for file in files if not file.is_file()]
     if absent:
         raise ValueError(f"file {absent[0]!r} to copy is not there; name files that exist")
-    own = {f"{name}.py" for name in SHIPPED.values()} | {"config.json"}
+    own = {f"{name}.py" for name in shipped_modules().values()} | {"config.json"}
     clash = sorted(own & {file.name for file in files})
     if clash:
         raise ValueError(f"{clash[0]!r} is written by the export itself; leave it out of the files")
@@ -341,30 +327,8 @@ def _shards(
     yield names
 
 
-def _shipped_source(module: str) -> str:
-    """A module's text with this project's imports turned into relative ones.
-
-    Raises:
-        ValueError: the module imports a part of the project that is not shipped.
-    """
-    spec = importlib.util.find_spec(module)
-    if spec is None or spec.origin is None:
-        raise ValueError(f"module {module!r} is not installed; install the project as a whole")
-    text = Path(spec.origin).read_text(encoding="utf-8")
-    for name, shipped in SHIPPED.items():
-        text = re.sub(rf"(?m)^from {re.escape(name)} import", f"from .{shipped} import", text)
-    for node in ast.walk(ast.parse(text)):
-        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        if isinstance(node, ast.ImportFrom) and node.level == 0:
-            names = [node.module or ""]
-        for name in names:
-            if name.split(".")[0] in ("allmem_hf", "kernels"):
-                raise ValueError(f"{module} imports {name}, not shipped; add it to SHIPPED")
-    return text
-
-
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-__all__ = ["SHIPPED", "build_config", "export_model"]
+__all__ = ["build_config", "export_model"]

@@ -17,12 +17,13 @@ from allmem_hf.cache_allmem import AllMemLayerCache
 from allmem_hf.configuration_allmem import AllMemConfig
 from allmem_hf.layout_allmem import RowLayout
 from kernels.ssd.reference import ssd_scan
-from kernels.swa.reference import (
+from kernels.swa import (
     attention_with_positions,
     causal_attention,
     continued_attention,
     sliding_window_attention,
 )
+from kernels.ttt_memory import memory_scan
 from kernels.ttt_memory.branch import (
     causal_conv,
     eta_from,
@@ -30,7 +31,7 @@ from kernels.ttt_memory.branch import (
     memory_qk,
     mu_from,
 )
-from kernels.ttt_memory.reference import FastWeights, memory_scan
+from kernels.ttt_memory.reference import FastWeights
 from kernels.ttt_memory.reference import read as read_memory
 
 _OTHER_CACHE = "the cache holds a {} of another branch; use a cache only with its own model"

@@ -9,6 +9,8 @@ The base model's parameters keep their Hugging Face names, and each layer has it
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import logging
 
 from allmem_hf.cache_allmem import AllMemCache, AllMemLayerCache
 from allmem_hf.configuration_allmem import AllMemConfig
@@ -32,7 +35,12 @@ from allmem_hf.layers_allmem import (
     AllMemRotaryEmbedding,
 )
 from allmem_hf.layout_allmem import RowLayout, build_layout
+from allmem_hf.state_allmem import SavedState, load_state, save_state
+from kernels.swa import auto_backend as window_backend
+from kernels.ttt_memory import auto_backend as memory_backend
 from kernels.ttt_memory.branch import eta_bias
+
+logger = logging.get_logger(__name__)
 
 
 class AllMemDecoderLayer(GradientCheckpointingLayer):
@@ -106,6 +114,23 @@ class AllMemPreTrainedModel(PreTrainedModel):
                 init.copy_(module.dt_proj.bias, dt + torch.log(-torch.expm1(-dt)))
                 init.ones_(module.d_skip)
 
+    def kernel_backends(self) -> dict[str, str]:
+        """What computes attention and memory of a long call here, by part of the layer.
+
+        `window`: `flex` (FlexAttention), `reference` (blocks in plain PyTorch) or `sdpa` (full
+        attention); `memory`: `triton`, `reference`, or the recurrence's `ssd`. On a CUDA device the
+        fast ones are taken by themselves; a decode step is plain PyTorch everywhere.
+        """
+        weight = next(self.parameters())
+        probe = torch.empty(0, device=weight.device, dtype=weight.dtype)
+        full = self.config.full_attention
+        chosen = {"window": "sdpa" if full else window_backend(probe)}
+        if self.config.branch == "allmem" and not self.config.memory_off:
+            chosen["memory"] = memory_backend(probe, self.config.decay or None)
+        elif self.config.branch == "mamba2" and not self.config.memory_off:
+            chosen["memory"] = "ssd"
+        return chosen
+
 
 class AllMemModel(AllMemPreTrainedModel):
     """Embedding, layers and final norm."""
@@ -118,6 +143,7 @@ class AllMemModel(AllMemPreTrainedModel):
         )
         self.norm = AllMemRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = AllMemRotaryEmbedding(config)
+        self._told = False  # once which kernels run
         self.post_init()
 
     def forward(
@@ -154,6 +180,9 @@ class AllMemModel(AllMemPreTrainedModel):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if output_attentions:
             raise ValueError("output_attentions=True: the weights are never held; leave it out")
+        if not self._told:
+            self._told = True
+            logger.info("AllMem kernels on %s: %s", self.device, self.kernel_backends())
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         cache = self._cache(past_key_values, use_cache)
         seen = 0 if cache is None else cache.seen
@@ -305,6 +334,20 @@ class AllMemForCausalLM(AllMemPreTrainedModel, GenerationMixin):
             hidden_states=output.hidden_states,
         )
         return result.to_tuple() if return_dict is False else result
+
+    def save_memory(
+        self,
+        path: str | Path,
+        cache: AllMemCache,
+        hidden: Tensor,
+        note: Mapping[str, Any] | None = None,
+    ) -> int:
+        """Writes what the model remembers to a file; arguments as in `save_state`."""
+        return save_state(path, self, cache, hidden, note)
+
+    def load_memory(self, path: str | Path) -> SavedState:
+        """Reads what this model saved; errors as in `load_state`."""
+        return load_state(path, self)
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any

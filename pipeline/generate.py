@@ -77,7 +77,9 @@ class Options:
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 0:
-            raise ValueError(f"max_new_tokens={self.max_new_tokens} is negative; set it to 0 or more")
+            raise ValueError(
+                f"max_new_tokens={self.max_new_tokens} is negative; set it to 0 or more"
+            )
         if self.load_state and self.prompt_file:
             raise ValueError("load_state stands in the place of prompt_file; leave one of them out")
         if not (self.prompt or self.prompt_file or self.load_state or self.interactive):
@@ -168,7 +170,9 @@ class _Session:
     def run(self) -> None:
         """Read, save, answer, report."""
         options = self.options
-        self.reporter.say(f"model: {self.opened.description}, on {self.device}")
+        kernels = self.opened.model.kernel_backends()
+        words = ", ".join(f"{part} {backend}" for part, backend in kernels.items())
+        self.reporter.say(f"model: {self.opened.description}, on {self.device}; kernels: {words}")
         start, chat = self._loaded() if options.load_state else (None, bool(options.chat))
         prompter = Prompter(tokenizer=self.opened.tokenizer, chat=chat)
         has_document = options.load_state is not None

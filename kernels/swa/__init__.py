@@ -20,6 +20,7 @@ from kernels.swa.reference import (
 __all__ = [
     "BACKENDS",
     "attention_with_positions",
+    "auto_backend",
     "causal_attention",
     "continued_attention",
     "sliding_window_attention",
@@ -54,7 +55,7 @@ def sliding_window_attention(
     reference.check_shapes(q, k, v)
     reference.check_window(window_size, num_sinks)
     if backend == "auto":
-        backend = "flex" if q.is_cuda and q.dtype != torch.float64 else "reference"
+        backend = auto_backend(q)
     attend = reference.sliding_window_attention
     if backend == "flex":
         from kernels.swa import flex  # a second to import
@@ -63,3 +64,8 @@ def sliding_window_attention(
     return attend(
         q, k, v, window_size=window_size, num_sinks=num_sinks, cu_seqlens=cu_seqlens, scale=scale
     )
+
+
+def auto_backend(q: Tensor) -> str:
+    """What ``backend="auto"`` takes for queries like q: ``"flex"`` or ``"reference"``."""
+    return "flex" if q.is_cuda and q.dtype != torch.float64 else "reference"

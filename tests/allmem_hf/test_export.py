@@ -17,7 +17,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config
 
 from allmem_hf import AllMemForCausalLM
-from allmem_hf.export import SHIPPED, build_config, export_model
+from allmem_hf.export import build_config, export_model
+from allmem_hf.shipping import shipped_modules
 
 ROOT = Path(__file__).parents[2]
 BASE = Qwen3Config(
@@ -207,7 +208,9 @@ def test_the_folder_holds_every_weight_bit_for_bit(tmp_path):
     assert config["architectures"] == ["AllMemForCausalLM"]
     generation = json.loads((folder / "generation_config.json").read_text())
     assert generation == {"eos_token_id": 96, "pad_token_id": 0}
-    assert {f"{name}.py" for name in SHIPPED.values()} < {file.name for file in folder.iterdir()}
+    assert {f"{name}.py" for name in shipped_modules().values()} < {
+        file.name for file in folder.iterdir()
+    }
     modes = {file.stat().st_mode for file in folder.iterdir()}
     assert len(modes) == 1
     loaded = AllMemForCausalLM.from_pretrained(folder)
