@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Converts Qwen3-8B: all stages of the recipe that are not done yet, on one machine of 8 GPUs of 80 GB.
 #   sbatch slurm/convert_qwen3_8b.sh [overrides…]      e.g. stage=convert convert.steps=100
-#   sbatch --nodes=8 slurm/convert_qwen3_8b.sh parallel=qwen3_8b_64      on 64 GPUs
+#   sbatch --nodes=8 slurm/convert_qwen3_8b.sh parallel=cp8_a2a      on 64 GPUs
 #SBATCH --job-name=convert-qwen3-8b
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8
