@@ -2,16 +2,21 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from allmem_hf import AllMemForCausalLM
+from allmem_hf.export import export_model
+from allmem_megatron.base_files import load_base
 from allmem_megatron.config import BaseModelConfig, MemoryConfig, MixerSettings
+from allmem_megatron.convert import load_base_into, model_to_hf
 from allmem_megatron.model import AllMemGPTModel, build_model
 from pipeline.generation_models import hf_model_from_megatron
 
+DEMO = Path(__file__).parents[2] / "models" / "demo_base"
 BASE = BaseModelConfig(
     family="qwen3",
     hidden_size=32,
@@ -69,3 +74,20 @@ def draw() -> Callable[[int], list[int]]:
         return torch.randint(1, BASE.vocab_size, (length,), generator=generator).tolist()
 
     return tokens
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's base with an untrained memory that already speaks (alpha above zero)."""
+    base, memory = load_base(DEMO), MemoryConfig(memory_size=128, eta_init=0.02)
+    model = build_model(base.config, branch="allmem", memory=memory, init_base=False)
+    load_base_into(model, base)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("alpha"):
+                parameter.fill_(0.05)
+    out = tmp_path_factory.mktemp("demo") / "export"
+    mixer = {"mode": "allmem", "window_size": 64, "num_sinks": 4, "chunk_size": 32}
+    return export_model(
+        out, base.hf_config, model_to_hf(model), memory, mixer, base.tokenizer_files
+    )

@@ -9,36 +9,13 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
-from allmem_hf.export import export_model
-from allmem_megatron.base_files import load_base
-from allmem_megatron.config import MemoryConfig, MixerSettings
-from allmem_megatron.convert import load_base_into, model_to_hf
-from allmem_megatron.model import build_model
 from pipeline.generate import help_text, main, parse
+from tests.pipeline_generate.conftest import DEMO
 
 ROOT = Path(__file__).parents[2]
-DEMO = ROOT / "models" / "demo_base"
-MIXER = MixerSettings(mode="allmem", window_size=64, num_sinks=4, chunk_size=32)
+
 DOCUMENT = "# note: amber falcon\n" + "def add(a, b):\n    return a + b\n" * 40
-
-
-@pytest.fixture(scope="session")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo's base with an untrained memory that already speaks (alpha above zero)."""
-    base, memory = load_base(DEMO), MemoryConfig(memory_size=128, eta_init=0.02)
-    model = build_model(base.config, branch="allmem", memory=memory, init_base=False)
-    load_base_into(model, base)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("alpha"):
-                parameter.fill_(0.05)
-    out = tmp_path_factory.mktemp("demo") / "export"
-    mixer = {"mode": "allmem", "window_size": 64, "num_sinks": 4, "chunk_size": 32}
-    return export_model(
-        out, base.hf_config, model_to_hf(model), memory, mixer, base.tokenizer_files
-    )
 
 
 @pytest.fixture
