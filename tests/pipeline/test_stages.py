@@ -37,7 +37,7 @@ def test_every_stage_is_marked_done(run_dir: Path, words: list[str]):
         assert mark["stage"] == entry
 
 
-@pytest.mark.parametrize("folder", [*TRAINING_STAGES, "convert_mamba2"])
+@pytest.mark.parametrize("folder", [*TRAINING_STAGES, "convert_mamba2", "convert_on_policy"])
 def test_training_stages_report_what_the_contract_says(
     run_dir: Path, folder: str, metrics_of: Callable[[Path], list[dict[str, Any]]]
 ):
