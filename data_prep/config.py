@@ -37,8 +37,12 @@ ROLES = ("system", "user", "assistant")
 FILE_ORDERS = ("hashed", "sorted")
 PACKINGS = ("best_fit", "none")
 LONG_DOCUMENTS = ("split", "truncate", "drop")
-RUNTIME_FIELDS = ("dir", "num_processes", "num_workers", "worker_rank", "wait_s", "keep_work")
-"""Fields of `PrepareConfig` that decide place and speed, and no byte of a shard."""
+RUNTIME_FIELDS = (
+    *("dir", "num_processes", "num_workers", "worker_rank", "wait_s", "keep_work"),
+    "max_bad_fraction",
+)
+"""Fields of `PrepareConfig` that decide place, speed and what stops the job, and no byte of a
+shard: with another value finished work is kept."""
 
 
 def _check_range(name: str, value: tuple[float, float], low: float, high: float) -> None:

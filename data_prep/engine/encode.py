@@ -58,6 +58,38 @@ class _Batch:
     last: bool = False
 
 
+class _BadRecords:
+    """Ends the job early where a stream's unreadable records are too many already.
+
+    Args:
+        stream: the stream.
+        most: allowed share of its records.
+    """
+
+    def __init__(self, stream: Stream, most: float) -> None:
+        self._name, self._most = stream.source.name, most
+        self._all_bytes = sum(unit.num_bytes for unit in stream.units)
+        self._bytes = 0
+        self._read = UnitReport()
+
+    def add(self, report: UnitReport) -> None:
+        """Counts a batch."""
+        self._read.merge(report)
+
+    def end_unit(self, unit: Unit) -> None:
+        """Looks whether they are more than twice what is allowed of all records that the stream
+        can hold, by its bytes; the plan does the exact count once all is read.
+
+        Raises:
+            ValueError: they are.
+        """
+        self._bytes += unit.num_bytes
+        read = self._read
+        records = read.num_documents + read.num_other + read.num_bad
+        if self._bytes and read.num_bad > 2 * self._most * records * self._all_bytes / self._bytes:
+            read.check(self._name, self._most)
+
+
 class EncodePhase:
     """This worker's part of phase 1.
 
@@ -88,6 +120,7 @@ class EncodePhase:
         self._stopped: set[int] = set()
         """Streams of which enough has been read."""
         self._known: dict[int, dict[int, Used]] = {stream.number: {} for stream in streams}
+        self._bad = [_BadRecords(stream, config.max_bad_fraction) for stream in streams]
         self._own = [
             (stream, unit)
             for number, (stream, unit) in enumerate(
@@ -115,7 +148,8 @@ class EncodePhase:
         """Reads, encodes and writes until nothing of this worker's units is missing.
 
         Raises:
-            ValueError: text that cannot be read, a tokenizer without a chat template.
+            ValueError: text that cannot be read, or far more of it than `max_bad_fraction`; a
+                tokenizer without a chat template.
             OSError: the disk is full.
         """
         waiting: list[_Batch] = []
@@ -136,6 +170,8 @@ class EncodePhase:
                     writer = self._open(batch.unit)
                     before = self._before(batch.unit.stream, batch.unit.number) + batch.unit.held
                 used = writer.add(batch, result)
+                if not batch.unit.skip:
+                    self._bad[batch.unit.stream.number].add(batch.report)
                 enough = batch.unit.stream.reached(before + used)
                 if batch.last or enough:
                     writer.finish()
@@ -144,6 +180,9 @@ class EncodePhase:
                         batch.unit.held + used
                     )
                     self._tell(batch.unit.stream)
+                    if batch.last and not batch.unit.skip:
+                        unit = batch.unit.stream.units[batch.unit.number]
+                        self._bad[batch.unit.stream.number].end_unit(unit)
                     if enough:
                         self._stopped.add(batch.unit.stream.number)
         finally:

@@ -235,8 +235,11 @@ class _Planner:
         place = 0
         found = _documents(self._stream, self._work, self._duplicates, goal=True)
         for (path, record), _, rows, is_cut in found:
+            read = 0
             for batch in _batches(record, len(rows) if is_cut else None):
-                report.merge(UnitReport.from_dict(batch))
+                report.merge(UnitReport.from_dict(batch["report"]))
+                read = int(batch["num_kept"])
+            report.num_documents -= max(read - len(rows), 0)  # the batch goes on behind the cut
             for name in ("length", "hash", "num_spans"):
                 digest.update(np.ascontiguousarray(rows[name]).tobytes())
             keep = np.ones(len(rows), dtype=bool)
@@ -352,12 +355,12 @@ class _Planner:
 
 
 def _batches(record: PartRecord, num_rows: int | None) -> Iterator[dict[str, Any]]:
-    """Reports of a part's batches up to the one with its row `num_rows` - 1; None: of all."""
+    """A part's batches up to the one with its row `num_rows` - 1; None: all."""
     before = 0
     for batch in record.batches:
         if num_rows is not None and before >= num_rows:
             return
-        yield batch["report"]
+        yield batch
         before = int(batch["num_kept"])
 
 

@@ -207,13 +207,16 @@ def _facts(
         num_loss_tokens=sum(record.num_loss_tokens for record in records),
         room=num_samples * manifest.seq_length,
         report=report,
-        counts_bad=split == "train" or not _same_bad(manifest.reports.get(f"train/{name}"), report),
+        counts_bad=counts_bad(manifest, split, name),
     )
 
 
-def _same_bad(one: dict[str, Any] | None, other: dict[str, Any]) -> bool:
+def counts_bad(manifest: Manifest, split: str, name: str) -> bool:
+    """Whether a source's unreadable records are counted with this split: not with `eval` where it
+    was cut from the same files as `train`, so that both have met the same ones."""
+    train, own = manifest.reports.get(f"train/{name}"), manifest.reports.get(f"{split}/{name}", {})
     keys = ("num_bad", "bad_reasons", "bad")
-    return one is not None and all(one.get(key) == other.get(key) for key in keys)
+    return split == "train" or train is None or any(train.get(k) != own.get(k) for k in keys)
 
 
 def _samples(storage: Storage, records: list[ShardRecord], number: int) -> list[Shown]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from data_prep.prepare import WorkersMissingError, prepare_shards, summary
-from data_prep.report import FIGURES, REPORT_NAME, write_report
+from data_prep.report import FIGURES, REPORT_NAME, counts_bad, write_report
 from data_prep.shards import MANIFEST_NAME, Manifest
 from pipeline.console import Reporter
 from pipeline.context import StageContext
@@ -75,10 +75,12 @@ def assist(config: RunConfig) -> None:
 
 def _prepare(config: RunConfig, folder: Path, entry: str, reporter: Reporter) -> Manifest:
     tokenizer = open_tokenizer(config)
+    # The manifest says where the tokenizer is, also where it is the model's own.
+    data = replace(config.data, tokenizer=config.data.tokenizer or str(config.model.path))
     with reporter.progress(f"{entry}:", None) as advance, stop.interrupting():
         try:
             return prepare_shards(
-                config.data,
+                data,
                 folder,
                 tokenizer=tokenizer,
                 progress=lambda what, done, total: advance(done, what, total),
@@ -113,7 +115,7 @@ def _report(manifest: Manifest, context: StageContext, seconds: float) -> None:
             },
         )
     for name, report in manifest.reports.items():
-        if report["num_bad"]:
+        if report["num_bad"] and counts_bad(manifest, *name.split("/", 1)):
             reasons = ", ".join(f"{n} × {why}" for why, n in report["bad_reasons"].items())
             context.say(f"{name}: {count(report['num_bad'], 'unreadable record')} ({reasons})")
     context.say(f"{context.entry}: {context.data_dir / REPORT_NAME} shows it all")

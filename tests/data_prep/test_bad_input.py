@@ -18,7 +18,8 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from data_prep.config import SourceConfig
+from data_prep.config import PrepareConfig, SourceConfig
+from data_prep.prepare import prepare_shards
 from data_prep.readers import Document, UnitReport, list_units, read_unit
 
 ROOT = Path(__file__).parents[2]
@@ -189,7 +190,8 @@ def test_broken_json_arrays_end_early_and_are_counted(
 
 MEMORY = """
 import resource, sys
-from data_prep.config import SourceConfig
+from data_prep.config import PrepareConfig, SourceConfig
+from data_prep.prepare import prepare_shards
 from data_prep.readers import UnitReport, list_units, read_unit
 kind, path = sys.argv[1:]
 source = SourceConfig(kind=kind, path=path, max_record_bytes=2**20)
@@ -256,3 +258,26 @@ def test_a_file_that_is_gone_since_it_was_listed_is_an_error(tmp_path: Path, kin
     file.unlink()
     with pytest.raises(ValueError, match="is gone since it was listed"):
         list(read_unit(unit, UnitReport()))
+
+
+def test_a_job_that_is_bound_to_fail_ends_after_a_small_part_of_the_text(
+    tmp_path: Path, tokenizer: Any
+) -> None:
+    """A wrong field's name is told before all is read; a damaged begin ends nothing."""
+    bad = b"".join(json.dumps({"body": f"text {i} " * 20}).encode() + b"\n" for i in range(400))
+    good = bad.replace(b"body", b"text")
+    for name, data in (("all", bad), ("begin", bad[: len(bad) // 50] + b"\n" + good)):
+        (tmp_path / f"{name}.jsonl").write_bytes(data)
+    many = len(bad) // 40
+    sources = {
+        name: SourceConfig(kind="jsonl", path=str(tmp_path / f"{name}.jsonl"), unit_bytes=many)
+        for name in ("all", "begin")
+    }
+    config = {"seq_length": 64, "max_bad_fraction": 0.05, "eval_samples": 0}
+    wrong = PrepareConfig(sources=[sources["all"]], **config)
+    with pytest.raises(ValueError, match=r"(4|5)\d of .* are unreadable, more than"):
+        prepare_shards(wrong, tmp_path / "wrong", tokenizer=tokenizer)
+    assert 4 <= len(list((tmp_path / "wrong").rglob("unit-*.json"))) <= 6
+    mended = PrepareConfig(sources=[sources["begin"]], **config)
+    manifest = prepare_shards(mended, tmp_path / "mended", tokenizer=tokenizer)
+    assert manifest.reports["train/jsonl"]["num_bad"] == 10
