@@ -1,6 +1,6 @@
 """The paper's short tasks by name: which task of lm-evaluation-harness, shots, metric, sampling.
 
-LiveCodeBench v5, the last of the paper's table, is not in the harness: docs/evaluation.md has the
+LiveCodeBench v5, the last of the paper's table, is not in the harness: docs/running-evaluations.md has the
 bridge to its own runner.
 """
 

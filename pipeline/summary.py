@@ -50,15 +50,17 @@ def _tables(results: Mapping[str, Any]) -> Iterator[Table]:
     if not shown:
         return
     table = Table(
-        title="Tasks, 0 to 100 (± one standard error; table.md has the controls)",
+        title="Tasks",
+        caption="Scores, 0 to 100; table.md has errors, controls and the meaning of the signs.",
+        caption_justify="left",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
-    table.add_column("task")
+    table.add_column("task", no_wrap=True)
     for subject in shown:
         table.add_column(subject.label, justify="right", no_wrap=True)
     for task in results["tasks"]:
-        table.add_row(task, *(subject.cell(task, error=True) for subject in shown))
+        table.add_row(task, *(subject.cell(task) for subject in shown))
     yield table
 
 

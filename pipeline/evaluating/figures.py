@@ -48,8 +48,7 @@ def scores_figure(results: Mapping[str, Any]) -> Figure | None:
     ]
     if not shown:
         return None
-    rows = max(len(series), 3)
-    figure = Figure(figsize=(9.4, 1.6 + len(shown) * (0.13 * rows + 0.25)), layout="constrained")
+    figure = Figure(figsize=(9.4, 1.6 + 0.62 * len(shown)), layout="constrained")
     axis = figure.subplots()
     step = 0.8 / max(len(series), 1)
     for index, (name, label, metrics) in enumerate(series):
@@ -66,10 +65,12 @@ def scores_figure(results: Mapping[str, Any]) -> Figure | None:
             fmt=MARKERS.get(name, "x"),
             color=COLOURS[name],
             label=label,
-            markersize=5,
-            linewidth=1.2,
+            markersize=4.5,
+            linewidth=1.0,
         )
-    axis.set_yticks(range(len(shown)), [_row_label(name, tasks[name]) for name in shown])
+    axis.set_yticks(
+        range(len(shown)), [_row_label(name, tasks[name]) for name in shown], fontsize=8
+    )
     axis.set_ylim(len(shown) - 0.5, -0.5)
     for border in range(1, len(shown)):
         axis.axhline(border - 0.5, color="lightgrey", linewidth=0.8, zorder=0)

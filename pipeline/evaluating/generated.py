@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -11,7 +11,13 @@ from evals.short import SHORT_TASKS
 from evals.task import build_tasks
 from pipeline.config import resolve_path
 from pipeline.context import StageContext
-from pipeline.evaluating.short_tasks import require_harness, run_short_task
+from pipeline.distributed import on_main
+from pipeline.evaluating.short_tasks import (
+    load_harness_tasks,
+    quiet,
+    require_harness,
+    run_short_task,
+)
 from pipeline.evaluating.speaker import Sampling
 from pipeline.evaluating.subjects import Subjects, program_digest
 from pipeline.evaluating.suites import (
@@ -109,9 +115,10 @@ class TaskRuns:
                     found.add(subject.name, metrics)
         for name in self.settings.short_tasks:
             found.tasks[f"short/{name}"] = self._describe_short(name)
+            tasks = self._harness_tasks(name)
             for subject in present:
                 if not subject.is_control:
-                    found.add(subject.name, self._short(name, subject))
+                    found.add(subject.name, self._short(name, tasks, subject))
         return found
 
     def _ask(
@@ -142,15 +149,25 @@ class TaskRuns:
         )
         return suite_metrics(prepared, said, asking)
 
-    def _short(self, name: str, subject: Subject) -> Metrics:
+    def _harness_tasks(self, name: str) -> Mapping[str, Any]:
+        """The harness's tasks, on rank 0 first, which alone fetches data that are not there."""
+        self._say(f"short/{name}: reading the data")
+        found: list[Mapping[str, Any]] = []
+        with quiet():
+            on_main(
+                self.context.ranks, lambda: found.append(load_harness_tasks(name, self.data_dir))
+            )
+            return found[0] if found else load_harness_tasks(name, self.data_dir)
+
+    def _short(self, name: str, tasks: Mapping[str, Any], subject: Subject) -> Metrics:
         generation = self.settings.generation
         metrics = run_short_task(
             name,
+            tasks,
             self.subjects.speaker(subject),
             self.context,
             subject=subject.name,
             key=self._key(subject),
-            data_dir=self.data_dir,
             limit=self.settings.short_limit,
             batch_size=generation.batch_size,
             seed=self.subjects.config.run.seed,

@@ -6,6 +6,7 @@ Data come from the hub by the harness's own names, or, with `eval.data_dir`, fro
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import logging
 import random
@@ -115,12 +116,12 @@ def _local(name: str, short: ShortTask, data_dir: Path) -> dict[str, Any]:
 
 def run_short_task(
     name: str,
+    tasks: Mapping[str, HarnessTask],
     speaker: Speaker,
     context: StageContext,
     *,
     subject: str,
     key: str,
-    data_dir: Path | None,
     limit: int,
     batch_size: int,
     seed: int,
@@ -131,11 +132,11 @@ def run_short_task(
 
     Args:
         name: of `evals.short`.
+        tasks: of `load_harness_tasks`, the same ones for every subject.
         speaker: the subject's model.
         context: ranks, and who is told.
         subject: its name.
         key: digest of what decides its answers.
-        data_dir: folder of the data; None: the hub.
         limit: first examples that are used; 0 takes all.
         batch_size: requests computed together.
         seed: of samplings and bootstrap.
@@ -166,11 +167,10 @@ def run_short_task(
     truncated = 0
     for sample in range(short.num_samples):
         model = HarnessModel(speaker, ask, sampling=sampling, sample=sample, batch_size=batch_size)
-        with _quiet():
-            tasks = load_harness_tasks(name, data_dir)
+        with quiet():
             found = evaluate(
                 model,
-                {"tasks": tasks, "groups": {}, "group_map": {}},
+                {"tasks": dict(tasks), "groups": {}, "group_map": {}},
                 limit=limit or None,
                 bootstrap_iters=0,
                 apply_chat_template=short.chat and chat,
@@ -224,12 +224,20 @@ def _percent(scores: Sequence[float]) -> float:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the harness's own log lines, written for its command line, out of ours."""
-    logger = logging.getLogger("lm_eval")
-    before = logger.level
+def quiet() -> Iterator[None]:
+    """Keep the harness's log lines and bars, made for its own command line, out of ours."""
+    import datasets
+    import lm_eval.api.task
+
+    logger, bars = logging.getLogger("lm_eval"), datasets.are_progress_bars_disabled()
+    level, bar = logger.level, lm_eval.api.task.tqdm
     logger.setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    lm_eval.api.task.tqdm = functools.partial(bar, disable=True)
     try:
         yield
     finally:
-        logger.setLevel(before)
+        logger.setLevel(level)
+        lm_eval.api.task.tqdm = bar
+        if not bars:
+            datasets.enable_progress_bars()

@@ -8,6 +8,7 @@ constant size.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable
 from dataclasses import asdict, replace
 from functools import cache
@@ -33,7 +34,7 @@ from pipeline.evaluation import (
 )
 from pipeline.generation import Generator
 from pipeline.generation_models import build_hf_model
-from pipeline.models import base_config, choose_dtype, load_model, open_base
+from pipeline.models import base_config, base_path, choose_dtype, load_model, open_base
 from pipeline.schema import RunConfig
 from pipeline.tokenizer import open_tokenizer
 
@@ -148,9 +149,19 @@ class Subjects:
             generator,
             tokenizer,
             max_positions=self.max_positions,
-            stop_ids=_stop_ids(tokenizer, generator.model.config.eos_token_id),
+            stop_ids=_stop_ids(
+                tokenizer, generator.model.config.eos_token_id, self._of_generation_config()
+            ),
             thinking=self.settings.generation.thinking,
         )
+
+    def _of_generation_config(self) -> Any:
+        """`eos_token_id` of the base folder's generation_config.json; chat models end turns so."""
+        path = base_path(self.config)
+        file = None if path is None else path / "generation_config.json"
+        if file is None or not file.is_file():
+            return None
+        return json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
 
     def foreign(self, subject: Subject, writer: Subject) -> ForeignMemory | None:
         """For `state_shuffled`: what puts another prompt's memory under a prompt."""
@@ -221,10 +232,11 @@ def _sources() -> Iterable[Path]:
     return sorted(path for name in _PROGRAM for path in (PROJECT_ROOT / name).rglob("*.py"))
 
 
-def _stop_ids(tokenizer: Any, of_config: Any) -> list[int]:
-    """The tokenizer's end token first, then those of the model's config."""
-    several = of_config if isinstance(of_config, list | tuple) else [of_config]
-    found = [tokenizer.eos_token_id, *several]
+def _stop_ids(tokenizer: Any, *others: Any) -> list[int]:
+    """The tokenizer's end token first, then those of the model's configurations."""
+    found = [tokenizer.eos_token_id]
+    for ids in others:
+        found += ids if isinstance(ids, list | tuple) else [ids]
     return list(dict.fromkeys(int(token) for token in found if token is not None))
 
 
