@@ -39,26 +39,71 @@ def sliding_window_attention(
     Raises:
         ValueError: gradients on a CPU, where FlexAttention has none.
     """
+    _check_gradients(q, k, v)
+    if q.shape[1] == 0:
+        return q * 1
+    bounds = [0, q.shape[1]] if cu_seqlens is None else document_starts(q, cu_seqlens)
+    mask = window_mask(tuple(bounds), window_size, num_sinks, q.device)
+    return _attend(q, k, v, mask, scale)
+
+
+def causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens: Tensor | None = None, scale: float | None = None
+) -> Tensor:
+    """As `kernels.swa.reference.causal_attention`, all documents in one launch."""
+    return sliding_window_attention(
+        q, k, v, window_size=max(1, q.shape[1]), num_sinks=0, cu_seqlens=cu_seqlens, scale=scale
+    )
+
+
+def continued_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    position: int,
+    window_size: int | None,
+    num_sinks: int,
+    sinks: tuple[Tensor, Tensor] | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """As `kernels.swa.reference.continued_attention`, whose checks have been made."""
+    _check_gradients(q, k, v)
+    if q.shape[1] == 0:
+        return q * 1
+    lead = 0 if sinks is None else sinks[0].shape[1]
+    past = k.shape[1] - q.shape[1]
+    if sinks is not None and lead:
+        k, v = torch.cat([sinks[0], k], 1), torch.cat([sinks[1], v], 1)
+    window = position + q.shape[1] if window_size is None else window_size
+    mask = continued_mask(position, q.shape[1], past, lead, window, num_sinks, q.device)
+    return _attend(q, k, v, mask, scale)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float | None) -> Tensor:
+    attend = _compiled() if q.is_cuda else cast(Callable[..., Any], flex_attention)
+    # [B, T, H, K] -> [B, H, T, K]
+    heads = (x.transpose(1, 2) for x in (q, k, v))
+    gqa = q.shape[2] != k.shape[2]
+    # one program too many would run uncompiled, in memory T x T: an error is better
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        out: Tensor = attend(*heads, block_mask=mask, scale=scale, enable_gqa=gqa)
+    return out.transpose(1, 2)
+
+
+def _check_gradients(q: Tensor, k: Tensor, v: Tensor) -> None:
     wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     if wanted and not q.is_cuda:
         raise ValueError(
             f"backend='flex' cannot run: FlexAttention has no gradients on {q.device}; "
             "set backend='reference' or 'auto'"
         )
-    if q.shape[1] == 0:
-        return q * 1
-    bounds = [0, q.shape[1]] if cu_seqlens is None else document_starts(q, cu_seqlens)
-    mask = window_mask(tuple(bounds), window_size, num_sinks, q.device)
-    attend = _compiled() if q.is_cuda else cast(Callable[..., Any], flex_attention)
-    # [B, T, H, K] -> [B, H, T, K]
-    heads = (x.transpose(1, 2) for x in (q, k, v))
-    out: Tensor = attend(*heads, block_mask=mask, scale=scale, enable_gqa=q.shape[2] != k.shape[2])
-    return out.transpose(1, 2)
 
 
 @cache
 def _compiled() -> Callable[..., Any]:
-    return torch.compile(flex_attention, dynamic=False)
+    """For the first length a program of its own; from the second on one for all lengths."""
+    return torch.compile(flex_attention)
 
 
 @lru_cache(maxsize=32)
@@ -95,6 +140,50 @@ def window_mask(
         mask_mod=sees,
         seq_lengths=(num_tokens, num_tokens),
     )
+
+
+@lru_cache(maxsize=32)
+def continued_mask(
+    position: int, num_tokens: int, past: int, lead: int, window: int, sinks: int,
+    device: torch.device,
+) -> BlockMask:  # fmt: skip
+    """The same for queries from `position` on: keys are `lead` sinks, `past` tokens, their own.
+
+    Keys stand in the order of their positions, so a block's first and last bound all of it.
+    """
+    keys = torch.cat(
+        [
+            torch.arange(lead, device=device),
+            torch.arange(position - past, position + num_tokens, device=device),
+        ]
+    )
+    reach, most, start = (torch.tensor(n, device=device) for n in (window, sinks, position))
+
+    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        del batch, head
+        at, other = query + start, keys[key]
+        return (other <= at) & ((at - other < reach) | (other < most))
+
+    q_low, q_high, q_whole = _edges(torch.arange(num_tokens, device=device) + position)
+    k_low, k_high, k_whole = _edges(keys)
+    q_low, q_high = q_low[:, None], q_high[:, None]
+    some = (k_low <= q_high) & ((k_high > q_low - window) | (k_low < sinks))
+    every = (k_high <= q_low) & ((k_low > q_high - window) | (k_high < sinks))
+    every &= q_whole[:, None] & k_whole
+    return BlockMask.from_kv_blocks(
+        *_indices(some & ~every),
+        *_indices(every),
+        BLOCK_SIZE=BLOCK,
+        mask_mod=sees,
+        seq_lengths=(num_tokens, len(keys)),
+    )
+
+
+def _edges(positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """First and last position of each block, and whether the block is full."""
+    rows = torch.arange(-(-len(positions) // BLOCK), device=positions.device) * BLOCK
+    last = (rows + BLOCK).clamp(max=len(positions)) - 1
+    return positions[rows], positions[last], last - rows == BLOCK - 1
 
 
 def _blocks(tokens: Tensor, begin: Tensor, reach: int, sinks: int) -> tuple[Tensor, Tensor]:

@@ -97,21 +97,8 @@ def continued_attention(
     Raises:
         ValueError: shapes that do not fit, ``window_size < 1`` or ``num_sinks < 0``.
     """
-    check_shapes(q, k, v)
-    check_window(1 if window_size is None else window_size, num_sinks)
-    past = position if window_size is None else min(position, window_size - 1)
-    if k.shape[1] != past + q.shape[1]:
-        raise ValueError(
-            f"{k.shape[1]} keys do not fit {q.shape[1]} queries from position {position} on; give"
-            f" the keys of the {past} tokens before them and their own"
-        )
+    check_continued(q, k, v, position, window_size, num_sinks, sinks)
     before = (k[:, :0], v[:, :0]) if sinks is None else sinks
-    wanted = 0 if window_size is None else min(num_sinks, position - past)
-    if before[0].shape[1] != wanted:
-        raise ValueError(
-            f"{before[0].shape[1]} sinks do not fit; give the document's first {wanted} tokens,"
-            " those before the window's"
-        )
     return _rows(q, k, v, scale, window_size, num_sinks, position, before)
 
 
@@ -177,7 +164,8 @@ def _attend(
     q: Tensor, k: Tensor, v: Tensor, scale: float | None, *, mask: Tensor | None = None
 ) -> Tensor:
     """softmax(q k^T) v for ``[B, H, T, K]``; causal where no mask is given."""
-    k, v = _equal_heads(q, k, v)
+    if mask is not None or q.dtype not in (torch.bfloat16, torch.float16) or q.shape[-1] > 256:
+        k, v = _equal_heads(q, k, v)  # flash attention needs no copies
     gqa = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=gqa
@@ -363,3 +351,30 @@ def check_window(window_size: int, num_sinks: int) -> None:
         )
     if num_sinks < 0:
         raise ValueError(f"num_sinks={num_sinks} is negative; set it to 0 for none")
+
+
+def check_continued(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    position: int,
+    window_size: int | None,
+    num_sinks: int,
+    sinks: tuple[Tensor, Tensor] | None,
+) -> None:
+    """Refuses arguments of `continued_attention` that do not fit, by a ValueError."""
+    check_shapes(q, k, v)
+    check_window(1 if window_size is None else window_size, num_sinks)
+    past = position if window_size is None else min(position, window_size - 1)
+    if k.shape[1] != past + q.shape[1]:
+        raise ValueError(
+            f"{k.shape[1]} keys do not fit {q.shape[1]} queries from position {position} on; give"
+            f" the keys of the {past} tokens before them and their own"
+        )
+    lead = 0 if sinks is None else sinks[0].shape[1]
+    wanted = 0 if window_size is None else min(num_sinks, position - past)
+    if lead != wanted:
+        raise ValueError(
+            f"{lead} sinks do not fit; give the document's first {wanted} tokens,"
+            " those before the window's"
+        )

@@ -62,7 +62,8 @@ def named_only(
         _swap(stack, torch.cuda, "get_device_properties", lambda device: Properties)
         plan = importlib.import_module(f"{PACKAGE}.plan")
         branch = importlib.import_module(f"{PACKAGE}.branch")
-        for cached in (flex.window_mask, plan.make_plan, branch.conv_blocks):
+        masks = (flex.window_mask, flex.continued_mask)
+        for cached in (*masks, plan.make_plan, branch.conv_blocks):
             cached.cache_clear()  # what a pass makes is to be counted in every pass
             stack.callback(cached.cache_clear)
         yield
