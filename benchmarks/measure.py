@@ -155,9 +155,16 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype, *, quick: bool = 
         budget_s=2.0 if not quick else 0.1,
         least=5,
     )
+    product, copy = (timings[name] for name in ("product", "copy"))
+    if not cuda:  # by CPU seconds, as everything that is compared with them
+        return Ceilings(
+            flops=2.0 * size**3 / product.steady,
+            bandwidth=2.0 * copied / copy.steady,
+            dtype=str(dtype).removeprefix("torch."),
+        )
     return Ceilings(
-        flops=2.0 * size**3 / timings["product"].least,
-        bandwidth=2.0 * copied / timings["copy"].least,
+        flops=2.0 * size**3 / product.least,
+        bandwidth=2.0 * copied / copy.least,
         dtype=str(dtype).removeprefix("torch."),
     )
 

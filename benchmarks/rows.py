@@ -81,16 +81,16 @@ class Results:
 def measured(
     case: Row, name: str, timing: Timing, work: Work, ceilings: Ceilings, **more: Any
 ) -> Row:
-    """A row with a speed, its floor and how far it is from it."""
+    """A row with a speed, its floor and how far it is from it; on a CPU of its CPU seconds."""
     floor, bound = work.floor(ceilings)
     row = {**case, "name": name, "status": MEASURED, **asdict(timing)}
     row |= {
-        "tokens_per_s": case["batch"] * case.get("new_tokens", case["tokens"]) / timing.seconds,
+        "tokens_per_s": case["batch"] * case.get("new_tokens", case["tokens"]) / timing.steady,
         "flops": work.flops,
         "bytes": work.bytes,
         "floor_s": floor,
         "floor_by": bound,
-        "times_floor": timing.seconds / floor,
+        "times_floor": timing.steady / floor,
     }
     return {**row, **more}
 
@@ -127,8 +127,11 @@ def line_of(row: Row) -> str:
     head = f"{row['group']:46} {row['name']:26}"
     if row["status"] != MEASURED:
         return f"{head} {row['status']}: {row['why']}"
+    clock, seconds = "ms", row["seconds"]
+    if row["cpu_seconds"] is not None:
+        clock, seconds = "CPU ms", row["cpu_seconds"]
     return (
-        f"{head} {row['seconds'] * 1e3:11.3f} ms {row['tokens_per_s']:14,.0f} tokens/s, "
+        f"{head} {seconds * 1e3:11.3f} {clock} {row['tokens_per_s']:14,.0f} tokens/s, "
         f"{row['times_floor']:6.1f} × its floor ({row['floor_by']})"
     )
 
