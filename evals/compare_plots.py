@@ -97,7 +97,8 @@ def score_figure(subjects: Sequence[Subject], ending: str, label: str, title: st
         axis.set_xscale("log", base=2)
         _windows(axis, having)
         _tokens(axis)
-        axis.set_ylim(-3, max(axis.get_ylim()[1], 10) * 1.03)
+        top = max(axis.get_ylim()[1], 10) * 1.03
+        axis.set_ylim(-0.04 * top, top)
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
     _legend(figure)
@@ -211,16 +212,15 @@ def _line(
 
 
 def _windows(axis: Axes, subjects: Sequence[Subject]) -> None:
-    """A dotted line at each window there is, named."""
-    for window in sorted(
-        {int(s.config["window_size"]) for s in subjects if "window_size" in s.config}
-    ):
+    """A dotted line at each window there is, named; the names stand one below the other."""
+    windows = {int(s.config["window_size"]) for s in subjects if "window_size" in s.config}
+    for place, window in enumerate(sorted(windows)):
         axis.axvline(window, color="grey", linestyle=":", linewidth=1.3)
         axis.annotate(
             f"W = {_short(window)}",
             (window, 1.0),
             xycoords=("data", "axes fraction"),
-            xytext=(2, -9),
+            xytext=(2, -9 * (place + 1)),
             textcoords="offset points",
             fontsize=7,
             color="grey",

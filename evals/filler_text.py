@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import random
 from collections.abc import Sequence
+from pathlib import Path
 
 _NAMES = (
     *("Anna", "Boris", "Clara", "Daniel", "Elena", "Felix", "Greta", "Hugo", "Irene", "Jonas"),
@@ -29,6 +32,27 @@ _ENDINGS = (
     *("for the second time", "late in autumn", "by candlelight", "as the bells rang"),
     *("while the others slept", "with some regret", "to everyone's surprise"),
 )
+
+
+_THINGS = (
+    *("almond", "amber", "anvil", "banjo", "beacon", "bottle", "cabin", "candle", "canvas"),
+    *("carpet", "castle", "cedar", "cello", "chalk", "cherry", "clover", "compass", "copper"),
+    *("cotton", "crystal", "daisy", "diamond", "drawer", "elbow", "emerald", "feather"),
+    *("fiddle", "flannel", "flour", "fountain", "galaxy", "garlic", "ginger", "glacier"),
+    *("granite", "guitar", "hammer", "harbor", "helmet", "honey", "indigo", "ivory", "kettle"),
+)
+_ANIMALS = (
+    *("albatross", "alpaca", "badger", "beaver", "bison", "buffalo", "cobra"),
+    *("condor", "coyote", "crane", "dolphin", "donkey", "eagle", "falcon", "ferret", "finch"),
+    *("gazelle", "gecko", "giraffe", "gorilla", "hamster", "hedgehog", "heron", "iguana"),
+    *("jackal", "jaguar", "kangaroo", "koala", "leopard", "lizard", "lobster", "mallard"),
+)
+
+
+def notes(rng: random.Random, count: int) -> list[tuple[str, str]]:
+    """Different things, each with another animal: pairs of recall documents' own words."""
+    things, animals = rng.sample(_THINGS, count), rng.sample(_ANIMALS, count)
+    return list(zip(things, animals, strict=True))
 
 
 def sentence(rng: random.Random) -> str:
@@ -61,6 +85,46 @@ def places(rng: random.Random, count: int) -> list[str]:
 def codes(rng: random.Random, count: int, digits: int = 6) -> list[str]:
     """Different numbers of that many digits."""
     return [str(x) for x in rng.sample(range(10 ** (digits - 1), 10**digits), count)]
+
+
+@functools.cache
+def folder_lines(place: str) -> tuple[str, ...]:
+    """Lines of the texts in a folder or an installed package, by file name, at most 64 MiB.
+
+    Raises:
+        ValueError: there is no text.
+    """
+    root = Path(place).expanduser()
+    if not root.is_dir() and place.isidentifier():
+        spec = importlib.util.find_spec(place)
+        if spec is not None and spec.submodule_search_locations:
+            root = Path(spec.submodule_search_locations[0])
+    found: list[str] = []
+    left = 64 * 2**20
+    for path in sorted(p for p in root.rglob("*") if p.suffix in (".py", ".md", ".txt")):
+        if left <= 0:
+            break
+        text = path.read_text(encoding="utf-8", errors="replace")[:left]
+        left -= len(text)
+        found += text.splitlines()
+    if not any(line.strip() for line in found):
+        raise ValueError(
+            f"{root} has no text in *.py, *.md or *.txt for suites.recall_filler; "
+            "name a folder or an installed package that has, or leave it empty"
+        )
+    return tuple(found)
+
+
+def stretch(lines: Sequence[str], rng: random.Random, size: int) -> list[str]:
+    """Lines of about `80 * size` characters, from a random place on, round the end to the start."""
+    place = rng.randrange(len(lines))
+    found: list[str] = []
+    left = 80 * size
+    while left > 0:
+        found.append(lines[place % len(lines)][:400])
+        left -= len(found[-1]) + 1
+        place += 1
+    return found
 
 
 def join(parts: Sequence[str], per_paragraph: int = 8) -> str:

@@ -6,6 +6,7 @@ import itertools
 import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from evals.example import Example, Tokenizer
@@ -43,8 +44,8 @@ def generated_examples(
     """Examples whose prompt, answer prefix and generation together fill `length` tokens.
 
     The size is sought on the first draft; a sample that comes out longer is drawn again with a
-    size smaller by `step` or by what its excess asks for. Each sample has random numbers of its
-    own, from the seed, the name and its index.
+    size smaller by `step` or by what its excess asks for, one that is much shorter with a larger
+    one. Each sample has random numbers of its own, from the seed, the name and its index.
 
     Args:
         make: draws one.
@@ -68,12 +69,7 @@ def generated_examples(
 
     size = _largest_size(lambda size: draw(size, 0)[1], budget, smallest)
     for index in range(samples):
-        fitting = max(size, smallest)
-        draft, count = draw(fitting, index)
-        while count > budget and fitting > smallest:
-            excess = int((count - budget) * fitting / count) + 1
-            fitting = max(smallest, fitting - max(step, excess))
-            draft, count = draw(fitting, index)
+        draft, count = _fitted(partial(draw, index=index), size, budget, smallest, step)
         if count > budget:
             raise ValueError(
                 f"{name}: its shortest prompt has {count} tokens and {max_new_tokens} are "
@@ -95,6 +91,25 @@ def generated_examples(
             depth=depth,
             extra=draft.extra,
         )
+
+
+def _fitted(
+    draw: Callable[[int], tuple[Draft, int]], size: int, budget: int, smallest: int, step: int
+) -> tuple[Draft, int]:
+    """A draft and its tokens, grown where it is much shorter than wanted, shrunk until it fits."""
+    draft, count = draw(size)
+    for _ in range(2):  # the fillers of samples differ in density
+        if count > 0.95 * budget:
+            break
+        larger = int(size * budget / count)
+        grown, grown_count = draw(larger)
+        if grown_count > budget:
+            break
+        size, draft, count = larger, grown, grown_count
+    while count > budget and size > smallest:
+        size = max(smallest, size - max(step, int((count - budget) * size / count) + 1))
+        draft, count = draw(size)
+    return draft, count
 
 
 def _largest_size(tokens_of: Callable[[int], int], budget: int, smallest: int) -> int:

@@ -74,4 +74,6 @@ def build(full_name: str, config: SuiteConfig, tokenizer: Tokenizer | None) -> S
         samples=config.samples,
         seed=config.seed,
         max_examples=config.max_examples,
+        filler=config.recall_filler,
+        separator=config.recall_separator,
     )

@@ -82,6 +82,14 @@ class SuiteConfig:
     """Folder with `squad.json` and `hotpotqa.json` (qa_1, qa_2), and `*.txt` or
     `PaulGrahamEssays.json` as haystack; empty makes haystacks here and refuses qa."""
 
+    recall_filler: str = ""
+    """Folder of texts (`*.py`, `*.md`, `*.txt`, also in its subfolders) or name of an installed
+    package, whose lines stand between the facts of `recall`; empty takes prose made up here."""
+
+    recall_separator: str = " ->"
+    """Between key and value of `recall/notes`, as in the recall documents that a model was trained
+    on (`data.sources.recall.separator`)."""
+
     lengths: tuple[int, ...] = (4096,)
     """Tokens, generation included, of the examples that are generated here (RULER, recall)."""
 

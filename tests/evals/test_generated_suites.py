@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from data_prep.recall import NOTE_MARK, RECALL_MARK
+from data_prep.words import RECALL_KEYS, RECALL_VALUES
 from evals import generated, recall_tasks, ruler
 from evals.task import Example, SuiteConfig, Task, build_tasks
 from tests.evals.words import Words
@@ -88,6 +90,36 @@ def test_two_hops_have_to_be_put_together(examples: dict[str, list[Example]]) ->
         assert f"that the {hop[1]} lies inside?" in example.prompt
         assert f"The code of the {hop[2]} is {example.answers[0]}." in example.prompt
         assert f"The code of the {hop[1]} is" not in example.prompt
+
+
+def test_notes_have_the_form_of_the_recall_documents_that_models_train_on() -> None:
+    for separator in (" ->", ""):
+        task = built(f"recall/notes_{LENGTH}", recall_separator=separator)
+        for example in task.examples():
+            noted = re.findall(rf"^# note: (\w+){separator} (\w+)$", example.prompt, re.M)
+            assert len(noted) == len(dict(noted)) == 8
+            thing, animal = next(pair for pair in noted if pair[1] == example.answers[0])
+            assert example.answer_prefix == f"\n# recall: {thing}{separator}"
+            assert task.score(f" {animal}_s", example) == 1.0
+            assert task.score(f" {noted[0][1]}x, {animal}", example) == 0.0
+            assert {thing} <= set(RECALL_KEYS)
+            assert {pair[1] for pair in noted} <= set(RECALL_VALUES)
+    assert NOTE_MARK == "# note:"
+    assert RECALL_MARK == "# recall:"
+
+
+def test_filler_can_be_a_folder_or_an_installed_package(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "a.py").write_text("zebra = 1\n\nstripes = 2\n" * 300)
+    for task in recall_tasks.TASKS:
+        found = built(f"recall/{task}_{LENGTH}", recall_filler=str(tmp_path))
+        for example in found.examples():
+            assert example.prompt.count("zebra = 1\n") > 50
+            assert found.score(f" {example.answers[0]}", example) == 1.0
+    assert built(f"recall/notes_{LENGTH}", recall_filler="hypothesis")
+    for place in ("no_such_package", str(tmp_path / "absent")):
+        with pytest.raises(ValueError, match="has no text in"):
+            built(f"recall/notes_{LENGTH}", recall_filler=place)
 
 
 def test_one_of_many_keys_is_asked_for(examples: dict[str, list[Example]]) -> None:
