@@ -84,10 +84,9 @@ def scores_figure(results: Mapping[str, Any]) -> Figure | None:
 
 
 def _row_label(name: str, about: Mapping[str, Any]) -> str:
+    count = f", {about['n']} examples" if "n" in about else ""
     own = ", own prompts" if about["prompts"] == "own" else ""
-    return f"{name}\n{about['metric']}, {about.get('n', '')} examples{own}".replace(
-        ", examples", ""
-    )
+    return f"{name}\n{about['metric']}{count}{own}"
 
 
 def _window(results: Mapping[str, Any]) -> str:

@@ -118,7 +118,9 @@ class TaskRuns:
             tasks = self._harness_tasks(name)
             for subject in present:
                 if not subject.is_control:
-                    found.add(subject.name, self._short(name, tasks, subject))
+                    metrics = self._short(name, tasks, subject)
+                    found.tasks[f"short/{name}"]["n"] = int(metrics[f"short/{name}"]["n"])
+                    found.add(subject.name, metrics)
         return found
 
     def _ask(
