@@ -22,6 +22,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kernels import vocabulary
+
 
 class LossSums(NamedTuple):
     """Sums over the loss tokens, in nats; divide by the global number of loss tokens."""
@@ -57,6 +59,106 @@ def _log_softmax_(logits: list[Tensor], group: dist.ProcessGroup | None) -> list
     return [part.sub_(total.log_()) for part, total in zip(shifted, sums, strict=True)]
 
 
+class SliceLoss(NamedTuple):
+    """Of one slice's tokens, summed, and of this rank's part of the vocabulary."""
+
+    kl: Tensor
+    """[]."""
+    ce: Tensor
+    """[]."""
+    grad_logits: Tensor | None
+    """[S, V / ranks] of the weighted sum, in the logits' dtype."""
+
+
+def slice_loss(
+    logits: list[Tensor],
+    targets: Tensor | None,
+    kl_weight: float,
+    ce_weight: float,
+    with_gradient: bool,
+    group: dist.ProcessGroup | None,
+    *,
+    fused: bool | None = None,
+) -> SliceLoss:
+    """KL and cross-entropy of one slice.
+
+    Args:
+        logits: the student's [S, V / ranks], and the teacher's if there is one; the list is emptied
+            or its tensors are overwritten.
+        targets: [S] next tokens in the whole vocabulary.
+        kl_weight: of the KL in the gradient.
+        ce_weight: of the cross-entropy in the gradient.
+        with_gradient: whether it is wanted.
+        group: the ranks in the vocabulary's order; None: the whole vocabulary is here.
+        fused: by the kernels of `kernels.vocabulary`; None: where they run.
+    """
+    if fused is None:
+        fused = vocabulary.available(logits[0].device, logits[0].dtype)
+    size = logits[0].shape[-1]
+    first = 0 if group is None else dist.get_rank(group) * size
+    if fused:
+        return _fused_slice(logits, targets, kl_weight, ce_weight, with_gradient, group, first)
+    dtype = logits[0].dtype
+    accumulator = torch.promote_types(dtype, torch.float32)
+    has_teacher = len(logits) > 1
+    log_q, *log_ps = _log_softmax_([logits.pop(0).to(accumulator) for _ in list(logits)], group)
+    kl = ce = torch.zeros((), dtype=accumulator, device=log_q.device)
+    grad: Tensor | None = None
+    index = is_here = None
+    if targets is not None:
+        index = targets.unsqueeze(1) - first
+        is_here = (index >= 0) & (index < size)  # all of them with one rank
+        index = index.clamp(0, size - 1)
+        ce = ce - log_q.gather(1, index).masked_fill(~is_here, 0.0).sum()
+    for log_p in log_ps:
+        p = log_p.exp()
+        kl = kl + torch.sum(p * log_p.sub_(log_q))
+        if with_gradient:
+            grad = p.mul_(-kl_weight)
+    if not with_gradient:
+        return SliceLoss(kl, ce, None)
+    total_weight = (kl_weight if has_teacher else 0.0) + ce_weight
+    q = log_q.exp_().mul_(total_weight)
+    # d KL / d logits = q - p; d CE / d logits = q - onehot.
+    grad = q if grad is None else grad.add_(q)
+    if ce_weight and index is not None and is_here is not None:
+        grad.scatter_add_(1, index, is_here.to(accumulator) * -ce_weight)
+    return SliceLoss(kl, ce, grad.to(dtype))
+
+
+def _fused_slice(
+    logits: list[Tensor],
+    targets: Tensor | None,
+    kl_weight: float,
+    ce_weight: float,
+    with_gradient: bool,
+    group: dist.ProcessGroup | None,
+    first: int,
+) -> SliceLoss:
+    """`slice_loss` in two passes over the logits, which stay in their dtype."""
+    parts = [vocabulary.statistics(part) for part in logits]
+    largest, sums = (torch.stack(list(numbers)) for numbers in zip(*parts, strict=True))
+    if group is not None:
+        own = largest.clone()
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+        sums = sums * (own - largest).exp()
+        dist.all_reduce(sums, group=group)
+    log_sums = torch.stack((largest, sums.log()), 1)  # [models, 2, S]
+    student, teacher = logits[0], (logits[1] if len(logits) > 1 else None)
+    kl, ce = vocabulary.loss_and_gradient(
+        student,
+        teacher,
+        log_sums[0],
+        None if teacher is None else log_sums[1],
+        targets,
+        first=first,
+        kl_weight=kl_weight,
+        ce_weight=ce_weight,
+        gradient=with_gradient,
+    )
+    return SliceLoss(kl.sum(), ce.sum(), student if with_gradient else None)
+
+
 class _SlicedLoss(torch.autograd.Function):
     """Forward computes the sums and, where asked, the gradients; backward scales them."""
 
@@ -80,33 +182,18 @@ class _SlicedLoss(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=accumulator) if needs_weight else None
         kl = torch.zeros((), dtype=accumulator, device=hidden.device)
         ce = torch.zeros_like(kl)
-        first_token = 0 if group is None else dist.get_rank(group) * weight.shape[0]
         for start in range(0, hidden.shape[0], size):
             part = slice(start, start + size)
             h_SD = hidden[part]
             states = [h_SD] if teacher is None else [h_SD, teacher[part]]
-            logits = [(state @ weight.T).to(accumulator) for state in states]
-            log_q, *log_ps = _log_softmax_(logits, group)
-            grad_logits: Tensor | None = None
-            index = is_here = None
-            if targets is not None:
-                index = targets[part].unsqueeze(1) - first_token
-                is_here = (index >= 0) & (index < weight.shape[0])  # all of them with one rank
-                index = index.clamp(0, weight.shape[0] - 1)
-                ce = ce - log_q.gather(1, index).masked_fill(~is_here, 0.0).sum()
-            for log_p in log_ps:
-                p = log_p.exp()
-                kl = kl + torch.sum(p * log_p.sub_(log_q))
-                if needs_hidden or needs_weight:
-                    grad_logits = p.mul_(-kl_weight)
-            if needs_hidden or needs_weight:
-                total_weight = (kl_weight if teacher is not None else 0.0) + ce_weight
-                q = log_q.exp_().mul_(total_weight)
-                # d KL / d logits = q - p; d CE / d logits = q - onehot.
-                grad_logits = q if grad_logits is None else grad_logits.add_(q)
-                if ce_weight and index is not None and is_here is not None:
-                    grad_logits.scatter_add_(1, index, is_here.to(accumulator) * -ce_weight)
-                grad_logits = grad_logits.to(hidden.dtype)
+            logits = [state @ weight.T for state in states]
+            index = None if targets is None else targets[part]
+            passed = slice_loss(
+                logits, index, kl_weight, ce_weight, needs_hidden or needs_weight, group
+            )
+            kl, ce = kl + passed.kl, ce + passed.ce
+            if passed.grad_logits is not None:
+                grad_logits = passed.grad_logits
                 if grad_hidden is not None:
                     torch.matmul(grad_logits, weight, out=grad_hidden[part])
                 if grad_weight is not None:

@@ -19,8 +19,10 @@ from typing import Any
 import torch
 
 import kernels.ttt_memory as ttt_memory
+from kernels import vocabulary
 
 PACKAGE = "kernels.ttt_memory.triton_backend"
+VOCABULARY = "kernels.vocabulary.triton_kernels"
 
 
 class Launch:
@@ -58,6 +60,7 @@ def named_only(
             for name in [name for name in vars(module) if name.endswith("_kernel")]:
                 _swap(stack, module, name, Launch(tell))
         _swap(stack, ttt_memory, "_has_triton", lambda: True)
+        _swap(stack, vocabulary, "available", lambda device, dtype: device.type == "cuda")
         _swap(stack, flex, "_compiled", lambda: attend)
         _swap(stack, torch.cuda, "get_device_properties", lambda device: Properties)
         plan = importlib.import_module(f"{PACKAGE}.plan")
@@ -78,7 +81,8 @@ def _swap(stack: contextlib.ExitStack, owner: Any, name: str, value: Any) -> Non
 @contextlib.contextmanager
 def _triton_modules() -> Iterator[list[ModuleType]]:
     """The modules that launch, and are launched; with stand-ins where Triton is not installed."""
-    names = [f"{PACKAGE}.{n}" for n in ("forward", "backward", "scan", "branch_kernels", "branch")]
+    own = ("forward", "backward", "scan", "branch_kernels", "branch")
+    names = [*(f"{PACKAGE}.{name}" for name in own), VOCABULARY]
     if importlib.util.find_spec("triton") is not None:
         yield [importlib.import_module(name) for name in names]
         return
@@ -92,10 +96,11 @@ def _triton_modules() -> Iterator[list[ModuleType]]:
     try:
         yield modules
     finally:
-        for name in [name for name in sys.modules if name.startswith(PACKAGE)]:
+        for name in [name for name in sys.modules if name.startswith((PACKAGE, VOCABULARY))]:
             del sys.modules[name]
-        if hasattr(ttt_memory, "triton_backend"):
-            del ttt_memory.triton_backend
+        for package, name in ((ttt_memory, "triton_backend"), (vocabulary, "triton_kernels")):
+            if hasattr(package, name):
+                delattr(package, name)
 
 
 def _stand_ins() -> dict[str, ModuleType]:
