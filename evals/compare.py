@@ -105,9 +105,12 @@ def read_runs(given: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 
 def _label(path: Path) -> str:
-    """The run's folder: `runs/demo/evaluate/results.json` to `demo`."""
+    """The run's folder: `demo/evaluate/results.json` to `demo`, `demo/evaluate_w4` to `demo/w4`."""
     folder = path.resolve().parent
-    return folder.parent.name if folder.name.startswith("evaluate") else folder.name
+    if not folder.name.startswith("evaluate"):
+        return folder.name
+    rest = folder.name.removeprefix("evaluate").strip("_-")
+    return f"{folder.parent.name}/{rest}" if rest else folder.parent.name
 
 
 def find_results(path: Path) -> Path:

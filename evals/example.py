@@ -27,8 +27,6 @@ class Example:
     after the assistant's header. Not part of the prediction."""
     stop: tuple[str, ...] = ()
     """Texts that end the generation, where upstream stops at more than the end token."""
-    min_new_tokens: int = 0
-    """Tokens before which neither end token nor `stop` ends the generation."""
     length: int | None = None
     """The data's own measure of the context (words, characters or, for what is generated here,
     tokens); None where it has none."""

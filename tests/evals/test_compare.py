@@ -182,6 +182,8 @@ def test_runs_are_found_by_any_of_their_names(tmp_path: Path) -> None:
     twin = save(tmp_path / "other" / "one", results())
     assert list(compare.read_runs([str(run), str(twin)])) == ["one", "other/one"]
     assert list(compare.read_runs([f"a={run}", f"a={twin}"])) == ["a", "a (2)"]
+    (run / "evaluate").rename(run / "evaluate_w4096")
+    assert list(compare.read_runs([str(run / "evaluate_w4096")])) == ["one/w4096"]
 
 
 @pytest.mark.parametrize(
