@@ -43,10 +43,10 @@ last_value() {
     echo "$found"
 }
 
-# ALLMEM_ENV: a virtual environment, the prefix of a conda environment, or a script to source
+# ALLMEM_ENV: a virtual environment, the prefix of a conda environment, a script to source, or none
 allmem_environment() {
     export PYTHONPATH=$ALLMEM_HOME${PYTHONPATH:+:$PYTHONPATH} PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1
-    [[ -n ${ALLMEM_CONTAINER:-} ]] && return
+    [[ -n ${ALLMEM_CONTAINER:-} || ${ALLMEM_ENV:-} == none ]] && return
     local given=${ALLMEM_ENV:-$ALLMEM_HOME/.venv}
     set +u # scripts of other people
     if [[ -f $given/bin/activate ]]; then
@@ -233,7 +233,7 @@ allmem_run() {
     codes=$run_dir/.slurm/$(job_ref).codes
     : "${USER:=$(id -un)}"
     export USER
-    ALLMEM_SCRATCH=${ALLMEM_SCRATCH:-${SLURM_TMPDIR:-${TMPDIR:-/tmp}}}
+    ALLMEM_SCRATCH=${ALLMEM_SCRATCH:-${SLURM_TMPDIR:-/tmp}}
     if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then
         export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # srun does not take it from sbatch by itself
         export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SLURM_CPUS_PER_TASK}

@@ -133,6 +133,28 @@ def test_a_job_whose_second_node_is_not_fit_fails_and_names_it(
     assert not (tmp_path / "runs" / "tiny" / "prepare").exists()
 
 
+@pytest.mark.slow
+def test_a_job_whose_folder_is_not_shared_fails_within_a_minute(
+    cluster: SlurmCluster, tmp_path: Path
+) -> None:
+    """On node2 another file system lies over the folder of the runs."""
+    runs = tmp_path / "runs"
+    wrapper = tmp_path / "on_node2"
+    wrapper.write_text(
+        '#!/bin/bash\n[ "$SLURMD_NODENAME" = node2 ] || exec "$@"\n'
+        f'exec unshare --mount bash -c \'mount -t tmpfs none "{runs}" && exec "$@"\' in "$@"\n'
+    )
+    wrapper.chmod(0o755)
+    words = [*shape(tmp_path, nodes=2), SCRIPT, "stage=all", "recipe=tiny"]
+    env = {"ALLMEM_WRAPPER": str(wrapper), "ALLMEM_PREFLIGHT": "1"}
+    job = cluster.sbatch(*words, cwd=tmp_path, **env)
+    started = time.monotonic()
+    ended = cluster.wait(job)
+    assert time.monotonic() - started < 60
+    assert ended["ExitCode"] == f"{EXIT_PREFLIGHT}:0", cluster.output(job)
+    assert f"node2 (rank 1): run.dir={runs}/tiny is not shared" in cluster.output(job)
+
+
 def test_ranks_are_told_by_their_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ALLMEM_NODES", "a,b,c")
     monkeypatch.setenv("SLURM_TASKS_PER_NODE", "2(x2),1")

@@ -125,6 +125,13 @@ def test_an_environment_that_is_not_there_is_named(cluster: SlurmCluster, tmp_pa
     assert "ALLMEM_ENV=/no/such/environment is neither" in cluster.output(job)
 
 
+def test_a_container_is_asked_of_srun(cluster: SlurmCluster, tmp_path: Path) -> None:
+    words = [*shape(tmp_path, nodes=1), script("evaluate.sh"), "recipe=tiny"]
+    job = cluster.sbatch(*words, cwd=tmp_path, ALLMEM_CONTAINER="/images/allmem.sqsh")
+    assert cluster.wait(job)["JobState"] == "FAILED"  # this Slurm has no plugin for containers
+    assert "unrecognized option '--container-image=/images/allmem.sqsh'" in cluster.output(job)
+
+
 def test_slurm_would_take_every_script_with_its_gpus(tmp_path: Path) -> None:
     skip_without_slurm()
     with SlurmCluster(8, cpus_per_node=64, gpus_per_node=8) as gpus:

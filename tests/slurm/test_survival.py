@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
-from tests.slurm.cluster import ROOT, SlurmCluster
-from tests.slurm.conftest import shape
+from tests.slurm.cluster import ROOT, SlurmCluster, skip_without_slurm
+from tests.slurm.conftest import JOB_ENV, shape
 
 STEPS = 40
 SCRIPT = str(ROOT / "slurm" / "convert_qwen3_0_6b.sh")
@@ -156,3 +156,55 @@ def tasks_of(cluster: SlurmCluster, node: str) -> list[int]:
         if shown.stdout.startswith("python -m pipeline.run"):
             found.append(pid)
     return found
+
+
+@pytest.mark.slow
+def test_the_node_of_the_batch_script_may_die_too(
+    cluster: SlurmCluster, undisturbed: Path, tmp_path: Path, words: list[str]
+) -> None:
+    run = tmp_path / "runs" / "tiny"
+    job = start(cluster, tmp_path, words)
+    wait_for_step(cluster, job, run, 12)
+    cluster.kill_node("node1", declare=False)  # Slurm finds out by itself
+    cluster.wait_for(job, lambda it: it["Restarts"] == "1", timeout_s=90)
+    cluster.start_node("node1")
+    assert cluster.wait(job, timeout_s=170)["JobState"] == "COMPLETED", cluster.output(job)
+    wanted, found = steps_of(undisturbed), steps_of(run)
+    assert [line["train/loss"] for line in found] == [line["train/loss"] for line in wanted]
+
+
+@pytest.mark.slow
+def test_the_time_limit_itself_requeues(
+    cluster: SlurmCluster, undisturbed: Path, tmp_path: Path, words: list[str]
+) -> None:
+    run = tmp_path / "runs" / "tiny"
+    run.mkdir(parents=True)
+    (run / "prepare").symlink_to(undisturbed / "prepare")
+    limit = ["--time=2", "--signal=B:USR1@30"]
+    job = cluster.sbatch(
+        *shape(tmp_path, nodes=2), *limit, SCRIPT, *words, "pretrain.steps=100000", cwd=tmp_path
+    )
+    cluster.wait_for(job, lambda it: it["Restarts"] == "1", timeout_s=200)
+    saved = steps_of(run)[-1]["step"]
+    assert (run / "pretrain" / "checkpoints" / f"step_{saved:08}").is_dir()
+    wait_for_step(cluster, job, run, saved + 1)
+    assert "the time limit is near (SIGUSR1)" in cluster.output(job)
+    cluster.run("scancel", job)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_over_four_nodes_in_another_layout(tmp_path: Path, words: list[str]) -> None:
+    skip_without_slurm()
+    with SlurmCluster(4, env={**JOB_ENV, "ALLMEM_SCRATCH": str(tmp_path)}) as cluster:
+        job = start(cluster, tmp_path, [*words, "stage=prepare"])
+        assert cluster.wait(job, timeout_s=170)["JobState"] == "COMPLETED", cluster.output(job)
+        four = [*shape(tmp_path, nodes=4), SCRIPT, *words, "parallel.tp=2", "parallel.cp=2"]
+        job = cluster.sbatch(*four, cwd=tmp_path)
+        run = tmp_path / "runs" / "tiny"
+        wait_for_step(cluster, job, run, 3)
+        cluster.run("scancel", "--batch", "--signal=USR1", job)
+        cluster.wait_for(job, lambda it: it["Restarts"] == "1")
+        ended = cluster.wait(job, timeout_s=170)
+        assert ended["JobState"] == "COMPLETED", cluster.output(job)
+        assert "4 task(s) on node1, node2, node3, node4 are fit" in cluster.output(job)
+        assert [line["step"] for line in steps_of(run)] == list(range(1, STEPS + 1))
