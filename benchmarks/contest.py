@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from benchmarks.measure import Ceilings, Stopwatch, Work, relative_error
 from benchmarks.rows import Results, Row, failed, measured, missing, refused
@@ -60,7 +61,8 @@ class Contest:
 
     def run(self, watch: Stopwatch, ceilings: Ceilings, results: Results, budget_s: float) -> None:
         """Checks and times the versions that `results` has not yet, and adds their rows."""
-        calls, errors = {}, {}
+        calls: dict[str, Callable[[], object]] = {}
+        more: dict[str, Row] = {}
         for one in self.contenders:
             if results.has(self.case["group"], one.name):
                 continue
@@ -75,15 +77,18 @@ class Contest:
             if not error <= one.bound:
                 results.add(refused(self.case, one.name, error, one.bound))
                 continue
-            calls[one.name], errors[one.name] = self.call_of(one), error
+            calls[one.name] = self.call_of(one)
+            more[one.name] = {"error": error, "error_bound": one.bound}
+            if "triton" in one.name:
+                more[one.name]["bit_equal"] = bit_equal(calls[one.name])
         if not calls:
             return
         timings = watch.interleaved(calls, budget_s=budget_s)
         for one in self.contenders:
             if one.name in calls:
-                more = {"error": errors[one.name], "error_bound": one.bound}
                 timing = timings[one.name]
-                results.add(measured(self.case, one.name, timing, one.work, ceilings, **more))
+                row = measured(self.case, one.name, timing, one.work, ceilings, **more[one.name])
+                results.add(row)
 
     def output(self, one: Contender, leaves: Leaves) -> Tensor:
         """What the version gives; made wrong where this was asked for."""
@@ -150,3 +155,11 @@ class Contest:
             grad = grad[:, :first] if name in self.along else grad
             errors.append(relative_error(grad, exact_grad))
         return max(errors)
+
+
+def bit_equal(call: Callable[[], object]) -> bool:
+    """Whether two runs give the same bits: what differs between runs may be a race."""
+    first, second = (
+        [x.clone() for x in tree_leaves(call()) if isinstance(x, Tensor)] for _ in range(2)
+    )
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

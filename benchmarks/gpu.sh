@@ -78,7 +78,7 @@ elif ! done_before sanitizer; then
   for tool in memcheck racecheck; do
     echo "-- $tool"
     timeout "$(least "$(left)" 150)" compute-sanitizer --tool "$tool" --error-exitcode 9 \
-      "$python" -m benchmarks.kernels --device cuda --tiny --ops memory \
+      "$python" -m benchmarks.kernels --device cuda --tiny --ops memory conv gate add \
       --names triton --group-s 0.01 --fresh --out "$out/sanitizer_$tool.json"
     code=$?
     [ $code -eq 0 ] || failed "compute-sanitizer $tool (exit status $code)"

@@ -130,9 +130,10 @@ def line_of(row: Row) -> str:
     clock, seconds = "ms", row["seconds"]
     if row["cpu_seconds"] is not None:
         clock, seconds = "CPU ms", row["cpu_seconds"]
+    unequal = "" if row.get("bit_equal", True) else "; TWO RUNS DIFFER"
     return (
         f"{head} {seconds * 1e3:11.3f} {clock} {row['tokens_per_s']:14,.0f} tokens/s, "
-        f"{row['times_floor']:6.1f} × its floor ({row['floor_by']})"
+        f"{row['times_floor']:6.1f} × its floor ({row['floor_by']}){unequal}"
     )
 
 
