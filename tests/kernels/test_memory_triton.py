@@ -15,7 +15,7 @@ from torch import Tensor
 from kernels.ttt_memory import FastWeights, memory_scan, reference
 
 pytest.importorskip("triton", reason="pip install triton (Linux) to test the Triton kernels")
-from kernels.ttt_memory.triton_backend import launch
+from kernels.ttt_memory.triton_backend import backward, forward, launch
 from kernels.ttt_memory.triton_backend import scan as triton_scan
 
 ON_GPU = torch.cuda.is_available()
@@ -113,6 +113,33 @@ def test_two_runs_are_equal_bit_by_bit(memory_inputs: Callable[..., Any]) -> Non
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.parametrize("chunks", [3, 9])
+def test_a_step_costs_two_launches_each_way(
+    memory_inputs: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, chunks: int
+) -> None:
+    launches = []
+
+    class Counted:
+        def __init__(self, kernel: Any) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid: Any) -> Callable[..., Any]:
+            launches.append(self.kernel)
+            return self.kernel[grid]
+
+    for module in (forward, backward):
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            monkeypatch.setattr(module, name, Counted(getattr(module, name)))
+    inputs, weights = memory_inputs(1, 4 * chunks, 1, 16, 16, dtype=torch.float32)
+    leaves = [x.to(DEVICE).requires_grad_() for x in (*inputs, *weights)]
+    out, _ = triton_scan.memory_scan(
+        *leaves[:5], FastWeights(*leaves[5:]), chunk_size=4, return_state=False
+    )
+    assert len(launches) == 2 * chunks + 2, "and the means of mu, and the reads"
+    torch.autograd.grad(out.sum(), leaves)
+    assert len(launches) == 4 * chunks + 6, "and W~, two gradients of the reads, one of the tokens"
+
+
 def test_no_gradient_reaches_a_decay_and_the_error_says_so(
     memory_inputs: Callable[..., Any],
 ) -> None:
@@ -132,21 +159,101 @@ def test_a_cpu_is_refused_unless_interpreted(
         memory_scan(*inputs, FastWeights(*weights), chunk_size=4, backend="triton")
 
 
+def bfloat16_case(
+    memory_inputs: Callable[..., Any], tokens: int, width: int, chunk: int, rows: int = 2
+) -> list[Tensor]:
+    """q, k, v in bfloat16; rates, coefficients and weights in float32, at eta c = 8."""
+    inputs, weights = memory_inputs(rows, tokens, 512 // width or 1, width, 2 * width)
+    inputs[3] *= 8 / chunk
+    low = [x.to("cuda", torch.bfloat16) for x in inputs[:3]]
+    return [*low, *(x.to("cuda", torch.float32) for x in (*inputs[3:], *weights))]
+
+
+def assert_within_one_per_cent(tensors: list[Tensor], **options: Any) -> None:
+    exact = [x.double() for x in tensors]
+    wanted = everything(reference.memory_scan, exact, **options)
+    found = everything(memory_scan, tensors, backend="triton", **options)
+    for actual, expected in zip(found, wanted, strict=True):
+        assert actual.isfinite().all()
+        error = (actual.double() - expected).norm() / expected.norm().clamp(min=1e-6)
+        assert error <= 1e-2
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("width", [32, 64, 96, 128, 192, 256])
-@pytest.mark.parametrize("chunk", [16, 512, 1000])
+@pytest.mark.parametrize("chunk", [16, 32, 64, 512, 1000, 2048])
+@pytest.mark.usefixtures("nan_memory")
 def test_bfloat16_on_a_gpu_is_within_one_per_cent(
     memory_inputs: Callable[..., Any], width: int, chunk: int
 ) -> None:
-    inputs, weights = memory_inputs(2, 2100, 512 // width or 1, width, 2 * width)
-    inputs[3] *= 8 / chunk
-    low = [x.to("cuda", torch.bfloat16) for x in inputs[:3]]
-    rates = [x.to("cuda", torch.float32) for x in inputs[3:]]
-    start = [x.to("cuda", torch.float32) for x in weights]
-    exact = [x.double() for x in (*low, *rates, *start)]
-    options = {"chunk_size": chunk, "split": None}
-    wanted = everything(reference.memory_scan, exact, **options)
-    found = everything(memory_scan, [*low, *rates, *start], backend="triton", **options)
-    for actual, expected in zip(found, wanted, strict=True):
-        error = (actual.double() - expected).norm() / expected.norm().clamp(min=1e-6)
-        assert error <= 1e-2
+    tensors = bfloat16_case(memory_inputs, min(2100, 40 * chunk + 7), width, chunk)
+    assert_within_one_per_cent(tensors, chunk_size=chunk, split=None)
+
+
+@pytest.mark.gpu
+def test_chunks_of_4096_on_a_gpu_are_within_one_per_cent(
+    memory_inputs: Callable[..., Any],
+) -> None:
+    tensors = bfloat16_case(memory_inputs, 9001, 64, 4096, rows=1)
+    assert_within_one_per_cent(tensors, chunk_size=4096, split=None)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 15, 63, 1000, 1023])
+@pytest.mark.parametrize("width", [64, 128])
+def test_odd_lengths_in_bfloat16_on_a_gpu(
+    memory_inputs: Callable[..., Any], tokens: int, width: int
+) -> None:
+    tensors = bfloat16_case(memory_inputs, tokens, width, 100)
+    assert_within_one_per_cent(tensors, chunk_size=100, split=None)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("chunk", [16, 100, 512])
+def test_packed_documents_in_bfloat16_on_a_gpu(
+    memory_inputs: Callable[..., Any], chunk: int
+) -> None:
+    tensors = bfloat16_case(memory_inputs, 3000, 64, chunk, rows=1)
+    bounds = torch.tensor([0, 5, 5, 700, 701, 1999, 3000])
+    assert_within_one_per_cent(tensors, chunk_size=chunk, split=None, cu_seqlens=bounds)
+
+
+@pytest.mark.gpu
+def test_two_calls_in_bfloat16_on_a_gpu(memory_inputs: Callable[..., Any]) -> None:
+    tensors = bfloat16_case(memory_inputs, 1500, 64, 256)
+    assert_within_one_per_cent(tensors, chunk_size=256, split=777)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bounds", [None, [0, 5, 30, 700, 701, 20_000]])
+def test_two_large_runs_on_a_gpu_are_equal_bit_by_bit(
+    memory_inputs: Callable[..., Any], bounds: list[int] | None
+) -> None:
+    tensors = bfloat16_case(memory_inputs, 20_000, 64, 512, rows=1)
+    cu_seqlens = None if bounds is None else torch.tensor(bounds)
+    first, second = (
+        everything(memory_scan, tensors, backend="triton", chunk_size=512, split=None,
+                   cu_seqlens=cu_seqlens)
+        for _ in range(2)
+    )  # fmt: skip
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.gpu
+def test_a_second_call_does_not_wait_for_the_gpu(memory_inputs: Callable[..., Any]) -> None:
+    tensors = bfloat16_case(memory_inputs, 4000, 64, 512, rows=1)
+    leaves = [x.requires_grad_() for x in tensors]
+
+    def call() -> None:
+        out, _ = memory_scan(
+            *leaves[:5], FastWeights(*leaves[5:]), chunk_size=512, return_state=False,
+            cu_seqlens=torch.tensor([0, 1300, 4000]), backend="triton",
+        )  # fmt: skip
+        torch.autograd.grad(out.float().square().sum(), leaves)
+
+    call()  # plans and compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
