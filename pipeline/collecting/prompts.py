@@ -6,8 +6,11 @@ so that the shards made of the responses hold exactly what the student has read.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 from data_prep.chat import ChatTemplate, join_turns, parse_template
 from data_prep.config import SourceConfig
@@ -53,6 +56,17 @@ class PromptReport:
     """Prompts that were not taken, by reason."""
     examples: list[str] = field(default_factory=list)
     """The first unreadable records."""
+    _digest: Any = field(default_factory=hashlib.sha256)
+
+    def take(self, prompt: Prompt) -> None:
+        """Count a prompt."""
+        self.num_prompts += 1
+        self._digest.update(json.dumps([prompt.id, prompt.messages]).encode())
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all prompts taken so far, in order."""
+        return str(self._digest.hexdigest())
 
     def leave_out(self, reason: str) -> None:
         """Count a prompt that is not taken."""
@@ -106,7 +120,7 @@ def read_prompts(
                 report.leave_out(TOO_LONG)
                 continue
             kept, tokens, stops = prompt
-            yield Prompt(
+            found = Prompt(
                 number=report.num_prompts,
                 id=document.id,
                 source=source.name,
@@ -114,7 +128,8 @@ def read_prompts(
                 tokens=tokens,
                 stop_ids=stops,
             )
-            report.num_prompts += 1
+            report.take(found)
+            yield found
         report.num_bad += read.num_bad
         report.examples += read.examples
 

@@ -71,6 +71,8 @@ class ModelStudent:
     def _answer(self, generation: Generation) -> Answer:
         tokens = list(generation.tokens)
         text: str = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        if not generation.stopped:
+            text = text.rstrip("\ufffd")  # a character whose bytes were cut at the last token
         return Answer(
             text=text,
             num_tokens=len(tokens),

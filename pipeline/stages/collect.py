@@ -52,7 +52,7 @@ def run(config: RunConfig, context: StageContext) -> None:
     report = PromptReport()
     prompts = on_some(ranks, True, lambda: _own_prompts(config, context, report))
     assert prompts is not None
-    on_main(ranks, lambda: _claim(context, folder))
+    on_main(ranks, lambda: _claim(context, folder, report.digest))
     seconds = _collect(config, context, prompts)
     per_file = config.collect.prompts_per_file
     left_out = {"left_out": report.left_out, "num_bad": report.num_bad}
@@ -109,14 +109,23 @@ def _own_prompts(config: RunConfig, context: StageContext, report: PromptReport)
     return own
 
 
-def _claim(context: StageContext, folder: Path) -> None:
-    """Note what the responses are made from, before the first; refuse those of another."""
+def _claim(context: StageContext, folder: Path, prompts: str) -> None:
+    """Note what the responses are made from, before the first.
+
+    Raises:
+        ValueError: there are responses of other settings or prompts.
+    """
     remove_unfinished(folder)
     path = folder / PLAN_FILE
-    plan = {"config": dict(context.fingerprint)}
+    plan = {"config": dict(context.fingerprint), "prompts": prompts}
     if path.is_file():
         stored = json.loads(path.read_text(encoding="utf-8"))
         refuse_other_config(folder, stored["config"], context.fingerprint)
+        if stored["prompts"] != prompts:
+            raise ValueError(
+                f"{folder} has responses to other prompts than collect.sources hold now; put the "
+                f"former files back, or delete {folder.parent} to collect anew"
+            )
         return
     write_json(path, plan)
 

@@ -98,6 +98,14 @@ def test_texts_are_questions_and_limits_count(tmp_path: Path):
     assert len(list(read_prompts(few, TOKENIZER, PromptReport()))) == 2
 
 
+def test_the_digest_of_prompts_changes_with_their_text(tmp_path: Path):
+    digests = [
+        read(tmp_path, {"id": "a", "messages": [{"role": "user", "content": text}]})[1].digest
+        for text in ("one", "one", "two")
+    ]
+    assert digests[0] == digests[1] != digests[2]
+
+
 def test_a_source_that_is_not_there_is_named():
     source = SourceConfig(kind="chat_jsonl", path="no/such.jsonl")
     with pytest.raises(ValueError, match=r"no/such\.jsonl"):

@@ -171,6 +171,21 @@ def test_a_damaged_file_of_responses_is_named(
     assert "part-00001.jsonl is not as part-00001.json says; delete both" in capsys.readouterr().err
 
 
+def test_responses_to_other_prompts_are_not_mixed(
+    converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    run_dir, text = tmp_path / "run", tmp_path / "prompt.txt"
+    shutil.copytree(converted, run_dir)
+    words = [*WORDS, "stage=collect", f"run.dir={run_dir}"]
+    words.append(f"collect.sources=[{{kind: text, path: '{text}'}}]")
+    text.write_text("one")
+    assert main(words) == 0
+    (run_dir / "collect" / "DONE.json").unlink()
+    text.write_text("two")
+    assert main(words) == 2
+    assert "has responses to other prompts" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("word", "part"),
     [
