@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from evals.example import Example, Task, prepare_prompt
+from evals.example import Example, Prompt, Task, evidence_distance, prepare_prompt
 from pipeline.context import StageContext
 from pipeline.distributed import on_main
 from pipeline.evaluating.foreign import ForeignMemory, donor_of
@@ -219,7 +219,10 @@ def suite_metrics(prepared: Prepared, texts: Sequence[Sequence[str]], asking: As
         prepared.name: {task.metric: task.aggregate(scores), "stderr": stderr, **counts},
         f"{prepared.name}_by_length": binned(lengths, scores, length_bins(lengths), task.aggregate),
     }
-    distances = [example.distance for example in examples]
+    distances = [
+        evidence_distance(example, Prompt(tokens=tokens, num_cut=cut))
+        for example, tokens, cut in zip(examples, prepared.prompts, prepared.num_cut, strict=True)
+    ]
     if known := [distance for distance in distances if distance is not None]:
         found[f"{prepared.name}_by_distance"] = binned(
             distances, scores, length_bins(known), task.aggregate
