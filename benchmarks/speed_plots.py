@@ -41,7 +41,7 @@ def plot_kernels(path: Path) -> Path | None:
         axis.set_visible(False)
     for axis, (name, rows) in zip(axes.flat, groups.items(), strict=False):
         _bars(axis, name, rows)
-    figure.suptitle(_title(found), fontsize=10, color="#555555")
+    figure.suptitle(_title(found, "orange"), fontsize=10, color="#555555")
     return _save(figure, path)
 
 
@@ -83,7 +83,7 @@ def plot_models(path: Path) -> Path | None:
         _curves(line[2], own, "decode", "cache_mib", "cache of one sequence, MiB")
         line[0].set_title(shape, loc="left", fontsize=10, color=INK)
     axes[0][0].legend(fontsize=8, frameon=False)
-    figure.suptitle(_title(found), fontsize=10, color="#555555")
+    figure.suptitle(_title(found, "dotted"), fontsize=10, color="#555555")
     return _save(figure, path)
 
 
@@ -101,6 +101,10 @@ def _curves(axis: Axes, rows: list[Row], op: str, what: str, label: str) -> None
                 [row["tokens"] for row in own], [_value(row, what) for row in own], style,
                 color=colour, label=name, markersize=4, linewidth=1.4,
             )  # fmt: skip
+            if what != "cache_mib":
+                at_best = [{**row, "cpu_seconds": None, "seconds": row["floor_s"]} for row in own]
+                floors = [_value(row, what) for row in at_best]
+                axis.plot([row["tokens"] for row in own], floors, ":", color=colour, linewidth=1)
     axis.set_xscale("log", base=2)
     if what == "cache_mib":
         axis.set_yscale("log")
@@ -121,13 +125,13 @@ def _value(row: Row, what: str) -> float:
     return row["cache_bytes"] / row["batch"] / 2**20
 
 
-def _title(found: dict[str, Any]) -> str:
+def _title(found: dict[str, Any], floor: str) -> str:
     machine, ceilings = found["machine"], found["ceilings"][-1]
     name = machine["device"] if machine["device"] != "cpu" else machine["processor"]
     threads = "" if machine["device"] != "cpu" else f", {machine['threads']} thread(s)"
     return (
         f"{name}{threads}; {ceilings['flops'] / 1e12:.3g} TFLOP/s ({ceilings['dtype']} product), "
-        f"{ceilings['bandwidth'] / 1e9:.3g} GB/s (copy); orange: floor; commit {machine['commit']}"
+        f"{ceilings['bandwidth'] / 1e9:.3g} GB/s (copy); {floor}: floor; commit {machine['commit']}"
     )
 
 
