@@ -33,8 +33,10 @@ def shares(costs: Sequence[int], num_ranks: int, batch_size: int) -> list[list[l
     """Batches of indices for each rank.
 
     Batches hold questions of like cost, the dearest first, so that memory runs out at once or not
-    at all; each goes to the rank that has the least to do.
+    at all; each goes to the rank that has the least to do. Where there are few questions, batches
+    are smaller, so that no rank is idle.
     """
+    batch_size = max(1, min(batch_size, -(-len(costs) // num_ranks)))
     order = sorted(range(len(costs)), key=lambda index: (-costs[index], index))
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     loads = [0] * num_ranks
