@@ -193,13 +193,13 @@ allmem_end() {
         allmem_say "complete"
         exit 0
     fi
-    if ((stop_asked && (code == EXIT_REQUEUE || code >= 128))); then
+    if ((stop_asked && (code == EXIT_REQUEUE || code > 128))); then
         ((code == EXIT_REQUEUE)) || allmem_say "ended by $code before it could save"
         allmem_requeue "$EXIT_REQUEUE"
     fi
     case $code in
     "$EXIT_REQUEUE") allmem_requeue "$code" ;;
-    "$EXIT_LOST" | "$EXIT_HANG" | 12[89] | 1[3-9]? | 2??)
+    "$EXIT_LOST" | "$EXIT_HANG" | 129 | 1[3-8]?) # 128 + signal; 255 is srun's own error
         failures=$(count_failure)
         if ((failures <= ${ALLMEM_MAX_FAILURES:-3})); then
             allmem_say "a task was lost or hung (exit code $code), $failures in a row without a checkpoint between"
