@@ -110,7 +110,7 @@ def read_prompts(
         read = UnitReport()
         for document in _documents(source, read):
             if report.num_prompts == settings.max_prompts:
-                return
+                break
             messages = _question(document, source)
             if not messages:
                 report.leave_out(NO_QUESTION)
@@ -132,6 +132,8 @@ def read_prompts(
             yield found
         report.num_bad += read.num_bad
         report.examples += read.examples
+        if report.num_prompts == settings.max_prompts:
+            return
 
 
 def _documents(source: SourceConfig, read: UnitReport) -> Iterator[Document]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
 
+_OF_RANKS = {"nodes", "gpus_per_node", "tasks_per_node"}
+"""Fields of jobs whose processes are ranks of one run."""
 _SITE = ("partition", "account", "qos", "constraint", "reservation")
 
 
@@ -119,7 +121,8 @@ class SlurmSettings:
     """Reservation to run in."""
 
     every: JobSettings = field(default_factory=JobSettings)
-    """All stages' jobs, where a stage does not say otherwise."""
+    """All stages' jobs, where a stage does not say otherwise; of `prepare`, whose workers have a
+    task each, all but nodes, GPUs and tasks."""
 
     prepare: PrepareJobSettings = field(default_factory=PrepareJobSettings)
     """The job array of `prepare`."""
@@ -152,9 +155,8 @@ class SlurmSettings:
         """Settings of a stage by its section, `on_policy` for `convert:on_policy`."""
         own: JobSettings = getattr(self, section)
         if isinstance(own, PrepareJobSettings):
-            shared = PrepareJobSettings(
-                **{item.name: getattr(self.every, item.name) for item in fields(JobSettings)}
-            )
+            names = {item.name for item in fields(JobSettings)} - _OF_RANKS
+            shared = PrepareJobSettings(**{name: getattr(self.every, name) for name in names})
             return own.over(shared)
         return own.over(self.every)
 
