@@ -7,6 +7,7 @@ there are; `status` and `cancel` go by it.
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -128,7 +129,15 @@ def _run_dir(words: Sequence[str]) -> Path:
             return Path(value.strip("'\"")).absolute()
     if not any(word.startswith("recipe=") for word in words):
         raise ValueError("run.dir is not given; write run.dir=DIR, the folder of the run")
-    return Path(compose(words).run.dir).absolute()
+    return _folder(compose(words), words)
+
+
+def _folder(config: RunConfig, words: Sequence[str]) -> Path:
+    """The run's folder: `run.dir`, or where `slurm/common.sh` would put it without."""
+    runs = os.environ.get("ALLMEM_RUNS")
+    if runs and not any(word.lstrip("+").startswith("run.dir=") for word in words):
+        return Path(runs).absolute() / config.recipe
+    return Path(config.run.dir).absolute()
 
 
 def _plan(words: Sequence[str], *, ask: bool) -> Chain:
@@ -142,7 +151,7 @@ def _plan(words: Sequence[str], *, ask: bool) -> Chain:
         ValueError: the configuration is refused, or jobs of another one are in the queue.
     """
     config = compose(words)
-    run_dir = Path(config.run.dir).absolute()
+    run_dir = _folder(config, words)
     jobs = make_jobs(config, words, run_dir)
     done = done_stages(config, run_dir)
     passed = words_to_pass_on(words)

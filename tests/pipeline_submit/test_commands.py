@@ -117,6 +117,14 @@ def test_what_decides_a_stage_is_passed_on_and_the_rest_is_not():
         words_to_pass_on(["recipe=tiny", "data.num_workers=2"])
 
 
+def test_the_run_is_where_the_job_scripts_would_put_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("ALLMEM_RUNS", str(tmp_path))
+    assert dry_run(capsys, "recipe=tiny")[0] == f"mkdir -p {tmp_path}/tiny/logs"
+    assert dry_run(capsys, "recipe=tiny", "run.dir=/x")[0] == "mkdir -p /x/logs"
+
+
 def test_one_stage_can_be_submitted_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     lines = dry_run(capsys, "recipe=tiny", "stage=convert@mamba2", f"run.dir={tmp_path}")
     assert len(lines) == 2

@@ -153,3 +153,27 @@ def test_a_running_stage_is_shown_with_its_progress_and_saves_when_it_is_cancell
     while not list(tmp_path.glob("pretrain/checkpoints/step_*")):
         assert time.monotonic() < deadline
         time.sleep(1)
+
+
+@pytest.mark.slow
+def test_a_job_that_requeues_itself_keeps_its_place_in_the_chain(
+    cluster: SlurmCluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    words = [*TINY, f"run.dir={tmp_path}", "stages=[prepare,pretrain,convert]"]
+    assert main([*words, "pretrain.steps=3000", "pretrain.checkpoint_every=3000"]) == 0
+    job, after = job_of(tmp_path, "pretrain"), job_of(tmp_path, "convert")
+    metrics = tmp_path / "pretrain" / "metrics.jsonl"
+    deadline = time.monotonic() + 90
+    while not metrics.is_file() or metrics.stat().st_size < 1000:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    cluster.run("scancel", "--batch", "--signal=USR1", job)
+    cluster.wait_for(job, lambda it: it["Restarts"] == "1")
+    assert cluster.job(after)["JobState"] == "PENDING"
+    capsys.readouterr()
+    found = states(tmp_path, capsys)
+    assert "requeued 1 ×" in found["pretrain"]["note"]
+    assert found["convert"]["note"] == "waits for pretrain"
+    assert cluster.wait(after, timeout_s=300)["JobState"] == "COMPLETED"
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    assert steps == list(range(1, 3001))
