@@ -23,19 +23,22 @@ from triton.compiler import ASTSource
 from kernels.ttt_memory.triton_backend import backward, branch_kernels, forward
 from kernels.ttt_memory.triton_backend.blocks import BLOCKS, options, rows, tiles
 from kernels.ttt_memory.triton_backend.branch import gradient_tile, tile
+from kernels.vocabulary import triton_kernels
 
 LOW = ("q", "k", "v", "out", "base", "grad_steps", "grad_out", "grad_q", "grad_k", "grad_v")
 """Pointers to the tokens' dtype; in the kernels that read, `w` too."""
 TYPES = {
-    **dict.fromkeys(("chunks", "blocks", "spans", "span_range"), "*i64"),
+    **dict.fromkeys(("chunks", "blocks", "spans", "span_range", "targets"), "*i64"),
+    **dict.fromkeys(("V", "stride", "first"), "i32"),
+    **dict.fromkeys(("kl_weight", "ce_weight"), "fp32"),
     **dict.fromkeys(("begin", "C", "tokens_per_split", "splits", "T", "B", "N"), "i32"),
     **dict.fromkeys(("x_row", "x_token", "out_row", "gate_row", "gate_token"), "i32"),
     "eps": "fp32",
 }
-NOT_DIVISIBLE = ("begin", "C", "splits", "T", "B", "N", "gate_row", "gate_token")
-MODULES = (forward, backward, branch_kernels)
+NOT_DIVISIBLE = ("V", "first", "begin", "C", "splits", "T", "B", "N", "gate_row", "gate_token")
+MODULES = (forward, backward, branch_kernels, triton_kernels)
 AROUND_LOW = ("x", "tail", "weight", "norm", "gate", "v_hat", "alpha", "grad_x", "grad_tail")
-AROUND_LOW += ("grad_gate",)
+AROUND_LOW += ("grad_gate", "logits", "student", "teacher")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -43,7 +46,7 @@ def compiled(name: str, constants: dict[str, Any], dtype: str, warps: int, stage
     """As the launcher would compile it: pointers and sizes that 16 divides are marked as such."""
     kernel = next(getattr(m, name) for m in MODULES if hasattr(m, name))
     low = (*LOW, "w") if name.startswith("read") else LOW
-    low = (*low, *AROUND_LOW) if name in AROUND else low
+    low = (*low, *AROUND_LOW) if name in {**AROUND, **VOCABULARY} else low
     types = {**TYPES, **dict.fromkeys(low, f"*{dtype}")}
     signature = {
         name: "constexpr" if name in constants else types.get(name, "*fp32")
@@ -126,6 +129,18 @@ def around(name: str, width: int, dtype: str) -> dict[str, Any]:
     return {"kernel": name, "width": width, "chunk": 0, "dtype": dtype, **found}
 
 
+VOCABULARY: dict[str, dict[str, Any]] = {
+    "statistics_kernel": {"BV": 4096},
+    "loss_kernel": {"BV": 4096, "TEACHER": True, "TARGETS": True, "GRADIENT": True},
+}
+
+
+def over_the_vocabulary(name: str, dtype: str) -> dict[str, Any]:
+    """What becomes of a kernel of the loss."""
+    found = usage(compiled(name, dict(VOCABULARY[name]), dtype, 8, 3))
+    return {"kernel": name, "width": 0, "chunk": 0, "dtype": dtype, **found}
+
+
 def elementwise(name: str, width: int, dtype: str) -> dict[str, Any]:
     """What becomes of a kernel that knows no chunks."""
     kernel = next(getattr(m, name) for m in MODULES if hasattr(m, name))
@@ -140,6 +155,7 @@ def main() -> None:
     widths, chunks = ([int(x) for x in given.split(",")] for given in sys.argv[2:4])
     found = []
     for dtype in sys.argv[4].split(","):
+        found += [over_the_vocabulary(name, dtype) for name in VOCABULARY]
         for width in widths:
             found += [report(name, width, chunk, dtype) for name in BLOCKS for chunk in chunks]
             found += [elementwise(name, width, dtype) for name in ELEMENTWISE]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from torch import Tensor
 from kernels import vocabulary
 
 pytest.importorskip("triton", reason="pip install triton (Linux) to test the Triton kernels")
+ROOT = Path(__file__).parents[2]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -103,3 +107,9 @@ def test_a_slice_is_the_same_fused_and_not(kl_weight: float) -> None:
     ]
     for found, wanted in zip(*results, strict=True):
         torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_what_the_sanitizer_is_given_runs_every_kernel() -> None:
+    worker = [sys.executable, "-m", "tests.kernels.sanitize", "--run"]
+    done = subprocess.run(worker, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout.endswith("every kernel ran\n"), done.stderr
