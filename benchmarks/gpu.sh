@@ -34,6 +34,7 @@ export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
 
 left() { echo $((budget - (SECONDS - start))); }
 least() { echo $(($1 < $2 ? $1 : $2)); }
+within() { timeout "$(($1 > 60 ? $1 : 60))" "${@:2}"; }  # a minute at least, to say what is missing
 part() { echo; echo "== $1 ($(left) s left)"; }
 done_before() { [ -z "$fresh" ] && [ -e "$out/$1.done" ] && echo "done before: $out/$1.log"; }
 failed() { echo "FAILED: $1"; status=1; }
@@ -60,7 +61,7 @@ if ! done_before tests; then
     tests="$tests -m gpu --continue-on-collection-errors"
     "$python" -c 'import xdist' 2> /dev/null && tests="$tests -n 6"  # most of it is compiling
   fi
-  timeout "$(least "$(($(left) / 2))" 420)" "$python" -m pytest $tests -q -p no:cacheprovider \
+  within "$(least "$(($(left) / 2))" 420)" "$python" -m pytest $tests -q -p no:cacheprovider \
     > "$out/tests.log" 2>&1
   code=$?
   tail -n 15 "$out/tests.log"
@@ -77,7 +78,7 @@ if [ -n "$dry" ] || ! command -v compute-sanitizer > /dev/null; then
 elif ! done_before sanitizer; then
   for tool in memcheck racecheck; do
     echo "-- $tool"
-    timeout "$(least "$(left)" 150)" compute-sanitizer --tool "$tool" --error-exitcode 9 \
+    within "$(least "$(left)" 150)" compute-sanitizer --tool "$tool" --error-exitcode 9 \
       "$python" -m benchmarks.kernels --device cuda --tiny --ops memory conv gate add \
       --names triton --group-s 0.01 --fresh --out "$out/sanitizer_$tool.json"
     code=$?
@@ -89,10 +90,10 @@ fi
 
 # Kernels get at most two fifths of what is left, so that a short run has models too.
 part "kernels"
-"$python" -m benchmarks.kernels --device $device $kernels $fresh \
+within "$(($(left) * 3 / 5))" "$python" -m benchmarks.kernels --device $device $kernels $fresh \
   --budget-s "$(($(left) * 2 / 5))" --out "$out/kernels_$suffix.json" || failed "kernels"
 part "models"
-"$python" -m benchmarks.models --device $device $models $fresh \
+within "$(left)" "$python" -m benchmarks.models --device $device $models $fresh \
   --budget-s "$(($(left) - 20))" --out "$out/models_$suffix.json" || failed "models"
 
 part "targets"

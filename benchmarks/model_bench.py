@@ -24,6 +24,7 @@ from benchmarks.model_cases import (
 )
 from benchmarks.rows import Results, Row, failed, measured, missing, refused
 from benchmarks.shapes import SHAPES, Shape
+from pipeline.costs import cache_bytes
 from pipeline.decode_graph import is_steady
 
 BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
@@ -81,9 +82,15 @@ class Bench:
             return
         batches = [b for b in self.given.batches if b == 1 or tokens <= LONG_PREFILL]
         cases = [self.case("prefill", shape, mixer, tokens, batch) for batch in batches]
-        cases += [self.case("decode", shape, mixer, tokens, batch) for batch in self.given.batches]
-        cases = [case for case in cases if not self.results.has(case["group"], mixer)]
+        batches = self.decode_batches(shape, tokens)
+        cases += [self.case("decode", shape, mixer, tokens, batch) for batch in batches]
+        cases = [case for case in cases if not self.is_done(case)]
         if not cases:
+            return
+        if self.left_s < 0:
+            for case in cases:
+                why = f"--budget-s={self.given.budget_s:g} was over"
+                self.results.add(missing(case, mixer, why))
             return
         try:
             error, bound = self.error(shape, mixer), BOUNDS[self.dtype]
@@ -115,6 +122,23 @@ class Bench:
             )
             one_row_read = False
 
+    def is_done(self, case: Row) -> bool:
+        """Whether an earlier run has measured or refused it, the CUDA graph of a step too."""
+        mixer, reach = case["mixer"], case["window_size"] + case["num_sinks"]
+        graph = self.cuda and case["op"] == "decode" and mixer != "full"
+        names = [mixer, *([f"{mixer}, CUDA graph"] if graph and case["tokens"] >= reach else [])]
+        return all(self.results.has(case["group"], name) for name in names)
+
+    def decode_batches(self, shape: Shape, tokens: int) -> list[int]:
+        """Those asked for; 4 too where eight rows of full attention do not fit the device."""
+        batches = list(self.given.batches)
+        if self.cuda and 8 in batches and 4 not in batches:
+            most = torch.cuda.get_device_properties(self.device).total_memory
+            held = 8 * cache_bytes("full", shape.mixer, tokens, element_bytes=self.dtype.itemsize)
+            if held > 0.9 * most:
+                batches.append(4)
+        return batches
+
     def guarded(self, case: Row, work: Work, measure: Callable[[], None]) -> bool:
         """Measures unless there is no time; a lack of memory is a row too. Whether it was."""
         floor, _ = work.floor(self.ceilings)
@@ -128,6 +152,8 @@ class Bench:
         except Exception as error:  # noqa: BLE001  # printed, and in the exit status
             name = f"{case['mixer']}, CUDA graph" if case.get("graph") else case["mixer"]
             self.results.add(failed(case, name, error))
+            if self.cuda:
+                torch.cuda.empty_cache()
             return False
         return True
 

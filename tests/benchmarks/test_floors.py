@@ -90,6 +90,18 @@ def _row(**fields: Any) -> dict[str, Any]:
     return {**row, "seconds": 1.0, **fields}
 
 
+def test_a_smaller_batch_is_named_where_eight_rows_do_not_fit() -> None:
+    models = [
+        _row(op="decode", mixer="full", batch=4, tokens_per_s=100.0),
+        _row(op="decode", mixer="allmem", batch=4, tokens_per_s=800.0),
+    ]
+    decode = targets.speed_targets([], models, "GPU")[0]
+    assert (decode.status, decode.found) == (
+        "not measured",
+        "8.00 × at batch 4, as 8 does not fit",
+    )
+
+
 def test_targets_are_met_or_missed_by_their_numbers() -> None:
     models = [
         _row(op="decode", mixer="full", batch=8, tokens_per_s=100.0),
