@@ -122,7 +122,7 @@ def _maker(
             return partial(_essay_needles, needle, texts, words), 60, 20
         return partial(_line_needles, needle, texts), needle.num_keys, 1
     if task == "vt":
-        return partial(_variables, texts), 6, 1
+        return partial(_variables, texts, 12 if length >= 1024 else 5), 6, 1
     if task == "cwe":
         return partial(_common_words, texts, length < 4096, seed), 11, 2
     if task == "fwe":
@@ -247,9 +247,11 @@ def _line_needles(
 _HOPS = 4
 
 
-def _variables(texts: dict[str, str], rng: random.Random, size: int, index: int) -> Draft:
-    """One chain of assignments among lines of noise, after a short worked example."""
-    example, prefix, names, _ = _chain(texts, rng, 12 if size > 40 else 5, letters=3)
+def _variables(
+    texts: dict[str, str], shown_size: int, rng: random.Random, size: int, index: int
+) -> Draft:
+    """One chain of assignments among lines of noise, after a worked example of fewer lines."""
+    example, prefix, names, _ = _chain(texts, rng, shown_size, letters=3)
     prompt, answer_prefix, answers, first = _chain(texts, rng, size, letters=5)
     shown = f"{example}{prefix} {' '.join(names)}\n\n"
     start = prompt.index(first)
