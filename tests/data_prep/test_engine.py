@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_prep import tokenize
 from data_prep.config import PrepareConfig, SourceConfig
 from data_prep.engine import plan
 from data_prep.engine.documents import PortableTokenizer
@@ -77,7 +78,9 @@ def test_cut_texts_join_to_the_whole(text: str, most: int) -> None:
     assert max(map(len, stretches)) <= most
 
 
-def test_the_encoder_gives_what_the_tokenizer_gives(tokenizer: Any) -> None:
+def test_the_encoder_gives_what_the_tokenizer_gives(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     texts = ["one two\n\nthree", "", "<|im_end|> stays text", "äöü 漢字 🙂" * 30, " falcon" * 9]
     encoder = TextEncoder(tokenizer.backend_tokenizer, np.dtype("<u2"))
     rows = encoder(texts)
@@ -86,6 +89,9 @@ def test_the_encoder_gives_what_the_tokenizer_gives(tokenizer: Any) -> None:
     lines = "".join(f"line {i} of a long text\n" for i in range(200))
     cut = TextEncoder(tokenizer.backend_tokenizer, max_characters=300)
     assert cut([lines])[0].tolist() == encode_text(tokenizer, lines)
+    monkeypatch.setattr(tokenize, "_CALL_CHARACTERS", 40)  # several calls for these texts
+    many = [*texts, lines, *texts]
+    assert [row.tolist() for row in cut(many)] == encode_text(tokenizer, many)
 
 
 def test_a_portable_tokenizer_survives_the_journey(tokenizer: Any) -> None:
