@@ -22,14 +22,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
+from allmem_hf.branches_allmem import AllMemBranch, AllMemConv, AllMemMamba2, AllMemMemory
 from allmem_hf.cache_allmem import AllMemCache, AllMemLayerCache
 from allmem_hf.configuration_allmem import AllMemConfig
 from allmem_hf.layers_allmem import (
     AllMemAttention,
-    AllMemBranch,
-    AllMemConv,
-    AllMemMamba2,
-    AllMemMemory,
     AllMemMLP,
     AllMemRMSNorm,
     AllMemRotaryEmbedding,
