@@ -58,10 +58,12 @@ class Mamba2Branch(BranchBase):
             refuse_controls(settings, shard)
             cu_seqlens = shard.local_cu_seqlens
         x = self.entered(x)
-        q, k, v = self.convolved(x, cu_seqlens, shard, layer)
+        *inputs, dt_logits, gate = self.projected(
+            x, self.q_proj, self.k_proj, self.v_proj, self.dt_proj, self.gate_proj
+        )
+        q, k, v = self.convolved(inputs, cu_seqlens, shard, layer)
         c, b, v = F.silu(q), F.silu(k), F.silu(v)
-        dt = F.softplus(self.project(self.dt_proj, x).float())
-        gate = self.project(self.gate_proj, x)
+        dt = F.softplus(dt_logits.float())
         self.mean_dt = dt.detach().mean()
         if settings.write_off:
             dt = torch.zeros_like(dt)

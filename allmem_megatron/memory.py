@@ -9,6 +9,7 @@ width of a head's network.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from allmem_megatron.config import BaseModelConfig, MemoryConfig, MixerSettings
 from allmem_megatron.context_parallel import ContextShard
@@ -30,6 +32,9 @@ from allmem_megatron.shard_scan import ShardDocuments, Streams
 from kernels.ttt_memory import FastWeights, memory_scan
 from kernels.ttt_memory.branch import eta_from, mu_from
 from kernels.ttt_memory.fused import add_scaled, conv_heads, gated_output
+
+ALIGNMENT = 64
+"""Outputs of the branch's projections of a token are padded to a multiple of this."""
 
 
 class BranchBase(MegatronModule):
@@ -109,17 +114,45 @@ class BranchBase(MegatronModule):
         out: Tensor = linear(x)[0]
         return out.transpose(0, 1)
 
+    def projected(self, x: Tensor, *linears: ColumnParallelLinear) -> list[Tensor]:
+        """Several projections of x [T, B, D], each [B, T, outputs of this rank], in one product.
+
+        x is read once and its gradient written once; products of their own would have their
+        gradients summed one by one, which is most of what the narrow projections cost. Weights that
+        ZeRO-3 gathers only when their module runs are multiplied there.
+        """
+        weights = [linear.weight for linear in linears]
+        if any(hasattr(weight, "ds_id") for weight in weights):
+            return [self.project(linear, x) for linear in linears]
+        sizes = [weight.shape[0] for weight in weights]
+        # rows of zeros, so that each token's outputs begin where wide loads may
+        sizes.append(-sum(sizes) % ALIGNMENT)
+        weights.append(weights[0].new_zeros(sizes[-1], x.shape[-1]))
+        biases = [linear.bias for linear in linears] + [None]
+        bias = None
+        if any(part is not None for part in biases):
+            bias = torch.cat(
+                [
+                    weights[0].new_zeros(size) if part is None else part
+                    for size, part in zip(sizes, biases, strict=True)
+                ]
+            )
+        out = F.linear(x, torch.cat(weights), bias)
+        return list(out.transpose(0, 1).split(sizes, -1))[: len(linears)]
+
     def convolved(
         self,
-        x: Tensor,
+        inputs: Sequence[Tensor],
         cu_seqlens: Tensor | None,
         shard: ContextShard | None = None,
         layer: int = 0,
         *,
         norms: tuple[Tensor, Tensor] | None = None,
     ) -> list[Tensor]:
-        """q, k, v of equation (2), each [B, T, H, K]; with `norms`, of equation (3)."""
-        inputs = [self.project(linear, x) for linear in (self.q_proj, self.k_proj, self.v_proj)]
+        """q, k, v of equation (2), each [B, T, H, K]; with `norms`, of equation (3).
+
+        inputs: their projections, each [B, T, H K].
+        """
         convs = (self.q_conv, self.k_conv, self.v_conv)
         tails: list[Tensor] | list[None] = [None] * 3
         if shard is not None:
@@ -211,12 +244,13 @@ class MemoryBranch(BranchBase):
         norms = (
             shared_over_tp(self.q_norm, self.tp_group), shared_over_tp(self.k_norm, self.tp_group)
         )  # fmt: skip
-        q, k, v = self.convolved(x, cu_seqlens, shard, layer, norms=norms)
+        *inputs, eta_logits, mu_logits, gate = self.projected(
+            x, self.q_proj, self.k_proj, self.v_proj, self.eta_proj, self.mu_proj, self.gate_proj
+        )
+        q, k, v = self.convolved(inputs, cu_seqlens, shard, layer, norms=norms)
         # rates in float32: bfloat16 has three digits
-        eta_logits = self.project(self.eta_proj, x).float()
-        eta = eta_from(eta_logits.unflatten(-1, (self.num_heads, 3)))
-        mu = mu_from(self.project(self.mu_proj, x).float())
-        gate = self.project(self.gate_proj, x)
+        eta = eta_from(eta_logits.float().unflatten(-1, (self.num_heads, 3)))
+        mu = mu_from(mu_logits.float())
         self.mean_eta, self.mean_mu = eta.detach().float().mean(), mu.detach().float().mean()
         weights = FastWeights(self.fast_gate, self.fast_up, self.fast_down)
         chunk_size = settings.chunk_size

@@ -99,7 +99,8 @@ def test_shuffled_state_is_the_next_rows_state(hf_model, ours, set_alpha):
     x = torch.randn(12, 3, 48)  # [T, B, D]
     with torch.no_grad():
         got = branch(x, settings(shuffle_state=True), None)
-        q, k, v = branch.convolved(x, None)
+        projections = (branch.q_proj, branch.k_proj, branch.v_proj)
+        q, k, v = branch.convolved([branch.project(linear, x) for linear in projections], None)
         q, k = memory_qk(q, branch.q_norm, branch.eps), memory_qk(k, branch.k_norm, branch.eps)
         eta = eta_from(branch.project(branch.eta_proj, x).unflatten(-1, (-1, 3)))
         mu = mu_from(branch.project(branch.mu_proj, x))

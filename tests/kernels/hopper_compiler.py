@@ -32,7 +32,9 @@ TYPES = {
     **dict.fromkeys(("V", "stride", "first"), "i32"),
     **dict.fromkeys(("kl_weight", "ce_weight"), "fp32"),
     **dict.fromkeys(("begin", "C", "tokens_per_split", "splits", "T", "B", "N"), "i32"),
-    **dict.fromkeys(("x_row", "x_token", "out_row", "gate_row", "gate_token"), "i32"),
+    **dict.fromkeys(
+        ("x_row", "x_token", "grad_row", "grad_token", "out_row", "gate_row", "gate_token"), "i32"
+    ),
     "eps": "fp32",
 }
 NOT_DIVISIBLE = ("V", "first", "begin", "C", "splits", "T", "B", "N", "gate_row", "gate_token")

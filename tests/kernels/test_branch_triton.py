@@ -70,6 +70,8 @@ def convolve(case: dict[str, Any], sequence_first: bool) -> tuple[Callable[..., 
 
     def run(x: Tensor, weight: Tensor, *rest: Tensor, backend: str) -> Tensor:
         left = list(rest)
+        # as a part of a wider product gives it
+        x = torch.cat([x, x[..., :3]], -1)[..., : x.shape[-1]]
         norm = left.pop(0) if settings["norm"] else None
         return fused.conv_heads(
             x, weight, settings["heads"], norm=norm, eps=1e-6, tail=left[0] if left else None,

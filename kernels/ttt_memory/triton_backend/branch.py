@@ -106,7 +106,7 @@ class ConvHeads(torch.autograd.Function):
         taps, sizes = weight.shape[1], tile(width)
         reach = 0 if tail is None else taps - 1
         blocks = conv_blocks(bounds, *x.shape[:2], reach, sizes["rows"], x.device)
-        grad_x = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+        grad_x = torch.empty_like(x)  # dense, its dimensions in x's order
         grad_tail = None if tail is None else torch.empty_like(tail, memory_format=_CONTIGUOUS)
         channels = num_heads * width
         grad_weight = x.new_empty(len(blocks), taps + 1, channels, dtype=torch.float32)
@@ -114,7 +114,8 @@ class ConvHeads(torch.autograd.Function):
             kernels.conv_gradient_kernel[(len(blocks), num_heads)](
                 x, _given(tail, x), weight, _given(norm, weight), blocks, grad_out,
                 grad_x, _given(grad_tail, grad_x), grad_weight,
-                x.stride(0), x.stride(1), grad_out.stride(0), eps,
+                x.stride(0), x.stride(1), grad_x.stride(0), grad_x.stride(1),
+                grad_out.stride(0), eps,
                 num_heads, width, taps, HAS_TAIL=tail is not None,
                 NORM=norm is not None, **gradient_tile(width, taps),
             )  # fmt: skip

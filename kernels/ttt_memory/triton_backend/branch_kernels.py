@@ -94,12 +94,12 @@ def conv_kernel(
 @triton.jit
 def conv_gradient_kernel(
     x, tail, weight, norm, blocks, grad_out, grad_x, grad_tail, grad_weight,
-    x_row, x_token, out_row, eps,
+    x_row, x_token, grad_row, grad_token, out_row, eps,
     H: tl.constexpr, K: tl.constexpr, TAPS: tl.constexpr,
     HAS_TAIL: tl.constexpr, NORM: tl.constexpr, TILES: tl.constexpr, SUMS: tl.constexpr,
     BT: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of `conv_kernel`; grad_x has x's strides. A block is TILES tiles of BT.
+    """The gradients of `conv_kernel`. A block is TILES tiles of BT.
 
     Position p gets what the outputs at p … p + TAPS - 1 give it, so their y is made once for each
     of them: that costs arithmetic, of which there is plenty, and saves a tensor between two
@@ -116,7 +116,7 @@ def conv_gradient_kernel(
     tail_base = tail + row * ((TAPS - 1) * C) + head * K
     weight_base = weight + head * (K * TAPS)
     out_base = grad_out + sequence * out_row + start * C + head * K
-    x_block = grad_x + sequence * x_row + start * x_token + head * K
+    x_block = grad_x + sequence * grad_row + start * grad_token + head * K
     scale = tl.full((BK,), 1.0, tl.float32)
     if NORM:
         scale = tl.load(norm + offs_k, mask=offs_k < K, other=0.0).to(tl.float32)
@@ -155,7 +155,7 @@ def conv_gradient_kernel(
             w = tl.load(weight_base + offs_k * TAPS + TAPS - 1 - ahead, mask=offs_k < K, other=0.0)
             d_x += w.to(tl.float32)[None, :] * d_y
         inside = ((position >= 0) & (position < length))[:, None] & (offs_k < K)[None, :]
-        at = position.to(tl.int64)[:, None] * x_token + offs_k[None, :]
+        at = position.to(tl.int64)[:, None] * grad_token + offs_k[None, :]
         tl.store(x_block + at, d_x.to(grad_x.dtype.element_ty), mask=inside)
         if HAS_TAIL:
             before = ((position < 0) & (position >= 1 - TAPS))[:, None] & (offs_k < K)[None, :]
