@@ -88,7 +88,13 @@ def tables(results: Mapping[str, Any]) -> str:
     """Loss, recall and costs, then the tasks in the shape of the paper's tables, as Markdown."""
     tasks = paper_tables(subjects_of({"": results}, controls=True), held_out=False)
     held_out = markdown_table(results) if has_documents(results) else ""
-    return "\n".join(part for part in (held_out, tasks) if part)
+    refused = "".join(
+        f"Not in the scores: {about['num_refused']} examples of `{name}`, longer than "
+        f"{results['config']['max_positions']:,} positions.\n"
+        for name, about in results.get("tasks", {}).items()
+        if about.get("num_refused")
+    )
+    return "\n".join(part for part in (held_out, tasks, refused) if part)
 
 
 def _write(path: Path, content: bytes) -> None:

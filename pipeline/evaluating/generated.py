@@ -137,6 +137,8 @@ class TaskRuns:
             num_samples=generation.num_samples,
             batch_size=generation.batch_size,
             resamples=generation.resamples,
+            window_size=self.settings.window_size,
+            num_sinks=self.settings.num_sinks,
         )
         if not prepared.examples:
             return suite_metrics(prepared, [], asking)

@@ -112,6 +112,8 @@ class Asking:
     batch_size: int
     resamples: int
     """Of the bootstrap."""
+    window_size: int
+    num_sinks: int
 
 
 def predictions(
@@ -198,7 +200,9 @@ def suite_metrics(prepared: Prepared, texts: Sequence[Sequence[str]], asking: As
 
     `n` examples count; of them `num_truncated` had lost their middle, and `num_empty` got no word
     (they score by the suite's rule, mostly 0). `num_refused` more were too long for a suite that
-    cuts nothing.
+    cuts nothing. Where the evidence's place is known, `METRIC_outside_window` is the score of the
+    `n_outside_window` examples whose evidence ends neither inside the window of the prompt's last
+    token nor among the sinks.
     """
     task, examples = prepared.task, prepared.examples
     counts = {"n": float(len(examples)), "num_refused": float(len(prepared.refused))}
@@ -223,6 +227,16 @@ def suite_metrics(prepared: Prepared, texts: Sequence[Sequence[str]], asking: As
         evidence_distance(example, Prompt(tokens=tokens, num_cut=cut))
         for example, tokens, cut in zip(examples, prepared.prompts, prepared.num_cut, strict=True)
     ]
+    outside = [
+        score
+        for score, distance, length in zip(scores, distances, lengths, strict=True)
+        if distance is not None
+        and distance >= asking.window_size
+        and length - distance > asking.num_sinks
+    ]
+    if outside:
+        found[prepared.name][f"{task.metric}_outside_window"] = task.aggregate(outside)
+        found[prepared.name]["n_outside_window"] = float(len(outside))
     if known := [distance for distance in distances if distance is not None]:
         found[f"{prepared.name}_by_distance"] = binned(
             distances, scores, length_bins(known), task.aggregate

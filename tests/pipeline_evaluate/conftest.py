@@ -233,11 +233,12 @@ class TaskRun(TinyRun):
     ) -> RunConfig:
         """Tasks alone, without documents; changes of the section `eval`."""
         generation = changes.pop("generation", {})
+        own = SuiteConfig(tasks=tasks, longbench_data=str(self.base_dir / "longbench"))
         settings: dict[str, Any] = {
             "kinds": (),
             "mixers": ("swa", "allmem"),
             "timing_repeats": 0,
-            "suites": SuiteConfig(tasks=tasks, longbench_data=str(self.base_dir / "longbench")),
+            "suites": own,
             "generation": GenerationConfig(
                 **{"batch_size": 2, "prefill_chunk": 64, "resamples": 50, **generation}
             ),

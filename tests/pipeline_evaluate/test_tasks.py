@@ -16,8 +16,11 @@ import torch
 
 from allmem_megatron.config import MixerSettings
 from evals.longbench import build as longbench_task
-from pipeline.evaluating.suites import TextTokenizer, prepare
+from evals.task import SuiteConfig, build_tasks
+from pipeline.evaluating.speaker import Sampling, Speaker
+from pipeline.evaluating.suites import Asking, TextTokenizer, prepare, suite_metrics
 from pipeline.models import load_model
+from pipeline.survival import StopRequested, stop
 from pipeline.tokenizer import open_tokenizer
 
 TASK = "longbench/2wikimqa"
@@ -185,6 +188,76 @@ def test_other_weights_settings_or_prompts_are_asked_anew(task_run: Any) -> None
     file.write_text(file.read_text().replace("Where did", "Where, then, did", 1))
     task_run.evaluate(narrow)
     assert sum(map(len, task_run.journals().values())) == 28
+
+
+def test_a_stop_request_keeps_what_is_answered(
+    task_run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = task_run.task_config(controls=(), mixers=("swa",))
+    speak, calls = Speaker.speak, []
+
+    def speak_and_stop(self: Speaker, *args: Any, **options: Any) -> list[str]:
+        calls.append(args)
+        stop.reason = "SIGTERM" if len(calls) == 2 else None
+        return speak(self, *args, **options)
+
+    monkeypatch.setattr(Speaker, "speak", speak_and_stop)
+    try:
+        with pytest.raises(StopRequested, match="finished answers are kept"):
+            task_run.evaluate(config)
+    finally:
+        stop.reset()
+    assert sum(map(len, task_run.journals().values())) == 4
+    assert not (task_run.dir / "evaluate" / "results.json").exists()
+    task_run.evaluate(config)
+    (names,) = task_run.journals().values()
+    assert len(names) == len(set(names)) == 9
+
+
+def test_examples_beyond_the_position_range_are_refused_and_counted(task_run: Any) -> None:
+    suites = SuiteConfig(tasks=("recall/single_*",), lengths=(600, 1000), samples=4)
+    config = task_run.task_config(controls=(), mixers=("swa",), suites=suites)
+    results = task_run.evaluate(config)
+    row = results["mixers"]["swa"]
+    assert row["recall/single_1000"] == {"n": 0.0, "num_refused": 4.0}
+    assert row["recall/single_600"]["n"] == 4
+    assert row["recall/single_600"]["n_outside_window"] == 4 - sum(
+        max_distance < 12 for max_distance in distances(config)
+    )
+    assert 0 <= row["recall/single_600"]["exact_match_outside_window"] <= 100
+    assert row["recall/single_600_by_length_and_depth"]
+    assert results["tasks"]["recall/single_1000"]["num_refused"] == 4
+    text = (task_run.dir / "evaluate/table.md").read_text()
+    assert "Not in the scores: 4 examples of `recall/single_1000`, longer than 700" in text
+
+
+def distances(config: Any) -> list[int]:
+    tokenizer = TextTokenizer(open_tokenizer(config))
+    (task,) = (t for t in build_tasks(config.eval.suites, tokenizer=tokenizer) if "600" in t.name)
+    return [example.distance or 0 for example in task.examples()]
+
+
+def test_an_answer_of_nothing_scores_by_the_suite_and_is_counted(task_run: Any) -> None:
+    config = task_run.task_config()
+    task = longbench_task(
+        "2wikimqa", data=str(task_run.base_dir / "longbench"), prompts="", max_examples=2
+    )
+    prepared = prepare(
+        task, TextTokenizer(open_tokenizer(config)), max_positions=700, chat_template=None
+    )
+    asking = Asking(
+        context=task_run.context(config),
+        sampling=Sampling(),
+        num_samples=1,
+        batch_size=1,
+        resamples=10,
+        window_size=12,
+        num_sinks=2,
+    )
+    row = suite_metrics(prepared, [[""], ["under the old stone"]], asking)[TASK]
+    assert row["num_empty"] == 1
+    assert row["f1"] == 50.0
+    assert row["stderr"] > 0
 
 
 def test_what_cannot_be_asked_is_said_in_one_line(task_run: Any) -> None:
