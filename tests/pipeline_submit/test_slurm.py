@@ -46,6 +46,7 @@ def job_of(run_dir: Path, entry: str) -> str:
 
 def states(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, dict[str, str]]:
     """What `status --json` says, by stage."""
+    capsys.readouterr()
     main(["status", f"run.dir={run_dir}", "--json"])
     return {row["entry"]: row for row in json.loads(capsys.readouterr().out)}
 
