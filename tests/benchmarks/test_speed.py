@@ -145,14 +145,14 @@ def test_seconds_a_token_of_prefill_do_not_grow_with_the_text() -> None:
     names = {str(tokens): call for tokens, call in calls.items()}
     timings = Stopwatch(CPU).interleaved(names, budget_s=1.5, least=3)
     short, long = (timings[str(tokens)].steady / tokens for tokens in calls)
-    assert 0.5 < long / short < 1.6  # full attention, or a copied cache, would give 4 and more
+    assert 0.4 < long / short < 2.0  # full attention, or a copied cache, would give 4 and more
 
 
 def test_seconds_of_a_decode_step_do_not_grow_with_the_text() -> None:
     calls = {str(tokens): decode_call(tokens)[0] for tokens in (128, 4096)}
     timings = Stopwatch(CPU).interleaved(calls, budget_s=1.0, least=15)
     ratio = timings["4096"].steady / timings["128"].steady
-    assert 0.5 < ratio < 1.6
+    assert 0.4 < ratio < 2.0
 
 
 def test_bytes_of_the_state_are_the_same_at_every_length() -> None:
