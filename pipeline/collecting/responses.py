@@ -65,9 +65,10 @@ class Progress:
     done: int
     """Responses that are on the disk."""
     total: int
-    new_tokens: int
-    """Tokens of those made by this process."""
-    seconds: float
+    tokens: int
+    """Tokens of all responses that are on the disk."""
+    tokens_per_s: float
+    """Of those made by this process."""
 
 
 def has_responses(stage_dir: Path) -> bool:
@@ -117,14 +118,12 @@ class ResponseFiles:
             OSError: the disk is full; finished responses are kept.
         """
         draws = self.settings.responses_per_prompt
-        total = sum(map(len, self.files.values())) * draws
-        started, done, tokens = time.perf_counter(), 0, 0
+        done, tokens = self.there()
+        before, started = tokens, time.perf_counter()
         for number, prompts in self.files.items():
-            if (self.folder / f"{file_name(number)}.json").is_file():
-                done += len(prompts) * draws
+            if self._record(number).is_file():
                 continue
             rows = self._unfinished(number)
-            done += len(rows)
             wanted = [
                 (prompt, draw)
                 for prompt in prompts
@@ -144,9 +143,29 @@ class ResponseFiles:
                 rows |= new
                 done += len(new)
                 tokens += sum(row["response_tokens"] for row in new.values())
-                seconds = time.perf_counter() - started
-                tell(Progress(done=done, total=total, new_tokens=tokens, seconds=seconds))
+                speed = (tokens - before) / (time.perf_counter() - started)
+                tell(Progress(done=done, total=self.total, tokens=tokens, tokens_per_s=speed))
             self._finish(number, [rows[key] for key in sorted(rows)])
+
+    @property
+    def total(self) -> int:
+        """Responses that this rank makes."""
+        return sum(map(len, self.files.values())) * self.settings.responses_per_prompt
+
+    def there(self) -> tuple[int, int]:
+        """Responses of this rank that are on the disk, and their tokens."""
+        done = tokens = 0
+        for number in self.files:
+            if self._record(number).is_file():
+                record = json.loads(self._record(number).read_text(encoding="utf-8"))
+                done, tokens = done + record["num_responses"], tokens + record["response_tokens"]
+            else:
+                rows = self._unfinished(number).values()
+                done, tokens = done + len(rows), tokens + sum(r["response_tokens"] for r in rows)
+        return done, tokens
+
+    def _record(self, number: int) -> Path:
+        return self.folder / f"{file_name(number)}.json"
 
     def _path(self, number: int) -> Path:
         return self.folder / UNFINISHED_FOLDER / f"{file_name(number)}.jsonl"

@@ -139,12 +139,14 @@ def _collect(config: RunConfig, context: StageContext, prompts: list[Prompt]) ->
     student = ModelStudent(model, open_tokenizer(config), config.collect)
     files = ResponseFiles(context.dir / FOLDER, prompts, config.collect, config.run.seed)
     title = f"{context.entry}:" if ranks.world_size == 1 else f"{context.entry} (a rank's share):"
-    context.metrics.truncate_after(-1)
-    total = len(prompts) * config.collect.responses_per_prompt
+    done, _ = files.there()
+    context.metrics.truncate_after(done)
+    if done:
+        context.say(f"{context.entry}: going on after {count(done, 'response')}")
     started = time.perf_counter()
 
     def make() -> None:
-        with context.reporter.progress(title, total) as advance, stop.interrupting():
+        with context.reporter.progress(title, files.total) as advance, stop.interrupting():
             files.make(student, _teller(context, advance), stop.check)
 
     on_some(ranks, True, make)
@@ -155,9 +157,8 @@ def _teller(
     context: StageContext, advance: Callable[[int, str], None]
 ) -> Callable[[Progress], None]:
     def tell(progress: Progress) -> None:
-        speed = progress.new_tokens / max(progress.seconds, 1e-9)
-        advance(progress.done, f"{speed:.0f} tokens/s")
-        values = {"tokens": float(progress.new_tokens), "tokens_per_s": speed}
+        advance(progress.done, f"{progress.tokens_per_s:.0f} tokens/s")
+        values = {"tokens": float(progress.tokens), "tokens_per_s": progress.tokens_per_s}
         context.log(progress.done, values)
 
     return tell

@@ -128,6 +128,11 @@ def test_after_kill_9_the_same_command_collects_the_same_set(
     assert not (run_dir / "collect" / "DONE.json").exists()
     assert main([*WORDS, "stage=collect", f"run.dir={run_dir}"]) == 0
     assert contents(run_dir) == contents(collected)
+    steps = [
+        [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (run_dir / "collect", collected / "collect")
+    ]
+    assert steps[0] == steps[1]
 
 
 def test_conversion_goes_on_from_convert_on_what_was_collected(
