@@ -77,9 +77,11 @@ def load_harness_tasks(
     np.random.seed(0)
     changes = {} if data_dir is None else _local(name, short, data_dir)
     if changes:
-        kind = "group" if short.harness in manager.all_groups else "task"
-        child = {kind: short.harness, **changes}
-        loaded = manager.load([{"group": f"local_{name}", "task": [child]}])
+        # a group's folders hold its members alone; changes of a whole group reach none of them
+        group = short.harness in manager.all_groups
+        members = manager.all_subtasks if group else [short.harness]
+        children = [{"task": member, **changes} for member in members]
+        loaded = manager.load([{"group": f"local_{name}", "task": children}])
     else:
         loaded = manager.load([short.harness])
     shots = short.num_fewshot if num_fewshot is None else num_fewshot

@@ -170,3 +170,39 @@ def test_every_short_task_is_in_the_installed_harness() -> None:
             include_defaults=False, include_path=[root / folder for folder in short.folders]
         )
         assert short.harness in manager.all_tasks, name
+
+
+@needs_harness
+@pytest.mark.slow
+def test_a_group_reads_each_subject_from_a_copy_of_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    import lm_eval.tasks
+
+    subjects = [
+        json.loads(line.partition(":")[2])
+        for path in sorted((Path(lm_eval.tasks.__file__).parent / "ceval").glob("ceval-valid_*"))
+        for line in path.read_text().splitlines()
+        if line.startswith('"dataset_name"')
+    ]
+    folder = tmp_path / "data" / "ceval-exam"
+    folder.mkdir(parents=True)
+    rows = [f"{i},问题{i},甲,乙,丙,丁,{'ABCD'[i % 4]}," for i in range(6)]
+    text = "\n".join(["id,question,A,B,C,D,answer,explanation", *rows, ""])
+    (folder / "exam.csv").write_text(text)
+    card = ["---", "configs:"]
+    for subject in subjects:
+        card += [f"- config_name: {subject}", "  data_files:"]
+        card += [f"  - split: {split}\n    path: exam.csv" for split in ("val", "dev")]
+    (folder / "README.md").write_text("\n".join([*card, "---", ""]))
+    tasks = load_harness_tasks("ceval", tmp_path / "data")
+    assert sorted(tasks) == sorted(f"ceval-valid_{subject}" for subject in subjects)
+    assert len(tasks) == 52
+    law = tasks["ceval-valid_law"]
+    law.build_all_requests(limit=1, rank=0, world_size=1)
+    prompt, letter = law.instances[0].args
+    assert prompt.count("答案：") == 6  # five solved examples and the question
+    assert prompt.startswith("以下是中国关于法学的单项选择题")
+    assert letter.strip() == "A"
