@@ -7,15 +7,15 @@ joined into one batch for decoding; a row that ends makes room for the next prom
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from allmem_hf import AllMemCache, AllMemForCausalLM
-from pipeline.generation_choice import StopTexts, choose
+from pipeline.generation_choice import StopTexts, check_asked, choose
 
 Advance = Callable[[int, int], None]
 """Told of a prefill's progress: tokens read, and tokens in all."""
@@ -66,7 +66,7 @@ class _Row:
 
 
 class Generator:
-    """Greedy or sampled continuation: chunked prefill row by row, batched decode.
+    """Greedy or sampled continuation: chunked prefill of long rows, batched decode.
 
     What a row gets does not depend on the rows beside it, but for the rounding of sums.
     """
@@ -183,9 +183,8 @@ class Generator:
         Raises:
             ValueError: settings that do not fit the prompts or each other.
         """
-        self._check(prompts, temperature, top_p, bool(stop_texts), decode)
         given = {"max_new_tokens": max_new_tokens, "seeds": seeds, "starts": starts}
-        _check_counts(len(prompts), given)
+        check_asked(prompts, temperature, top_p, given)
         limits = (
             [max_new_tokens] * len(prompts)
             if isinstance(max_new_tokens, int)
@@ -197,23 +196,21 @@ class Generator:
         rows: list[_Row] = []
         cache: AllMemCache | None = None
         while True:
-            fresh: list[AllMemCache] = []
-            while len(rows) < self.max_batch and (index := next(waiting, None)) is not None:
-                reading = self.read(prompts[index], None if starts is None else starts[index])
-                seed = index if seeds is None else seeds[index]
-                rows.append(
-                    _Row(
+            new = list(itertools.islice(waiting, self.max_batch - len(rows)))
+            if new:
+                readings, fresh = self._read_new([prompts[i] for i in new], new, starts)
+                with torch.no_grad():
+                    cache = AllMemCache.cat([cache, *fresh] if cache is not None else fresh)
+                for index, hidden in zip(new, readings, strict=True):
+                    seed = index if seeds is None else seeds[index]
+                    row = _Row(
                         index=index,
                         limit=limits[index],
                         prompt_tokens=len(prompts[index]),
-                        logits=self.logits(reading.hidden)[0],
+                        logits=self.logits(hidden),
                         random=torch.Generator().manual_seed(seed),
                     )
-                )
-                fresh.append(reading.cache)
-            if fresh:
-                with torch.no_grad():
-                    cache = AllMemCache.cat([cache, *fresh] if cache is not None else fresh)
+                    rows.append(row)
             if not rows or cache is None:
                 break
             going = self._step(rows, frozenset(stop_ids), temperature, top_p, ends, on_token)
@@ -228,6 +225,34 @@ class Generator:
             cache = self._advance(rows, going, cache)
             rows = going
         return [results[index] for index in range(len(prompts))]
+
+    def _read_new(
+        self, prompts: list[Sequence[int]], indices: list[int], starts: Sequence[Reading] | None
+    ) -> tuple[list[Tensor], list[AllMemCache]]:
+        """Hidden states [D] of the prompts' last tokens, and caches with their rows in order.
+
+        Short prompts are read in one call, packed without padding.
+        """
+        short = sum(map(len, prompts)) <= self.prefill_chunk and all(prompts)
+        if starts is None and short and len(prompts) > 1:
+            longest = max(map(len, prompts))
+            ids, mask = self._padded(prompts, longest)
+            cache = AllMemCache(self.model.config)
+            with torch.no_grad():
+                hidden = self._hidden(ids, cache, mask)
+            last = [row[len(prompt) - 1] for row, prompt in zip(hidden, prompts, strict=True)]
+            return last, [cache]
+        readings = [
+            self.read(prompt, None if starts is None else starts[index])
+            for prompt, index in zip(prompts, indices, strict=True)
+        ]
+        return [reading.hidden[0] for reading in readings], [r.cache for r in readings]
+
+    def _padded(self, rows: Sequence[Sequence[int]], longest: int) -> tuple[Tensor, Tensor]:
+        """Rows as ids [B, longest], filled up behind, and their mask."""
+        ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows])
+        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+        return ids.to(self.device), mask.to(self.device)
 
     def _step(
         self,
@@ -274,23 +299,6 @@ class Generator:
             row.logits = row_logits
         return cache
 
-    @staticmethod
-    def _check(
-        prompts: Sequence[Sequence[int]],
-        temperature: float,
-        top_p: float,
-        has_stop_texts: bool,
-        decode: Callable[[list[int]], str] | None,
-    ) -> None:
-        if isinstance(prompts, str) or any(isinstance(prompt, str) for prompt in prompts):
-            raise ValueError("a prompt is text; give token ids, tokenizer(text)['input_ids']")
-        if temperature < 0:
-            raise ValueError(f"temperature={temperature} is negative; set it to 0 or more")
-        if not 0 < top_p <= 1:
-            raise ValueError(f"top_p={top_p} is not in (0, 1]; set it to 1 to sample among all")
-        if has_stop_texts and decode is None:
-            raise ValueError("stop_texts need decode=tokenizer.decode; give both")
-
     # ------------------------------------------------------------------------------- scoring
 
     @torch.no_grad()
@@ -334,10 +342,8 @@ class Generator:
     ) -> dict[int, tuple[float, bool]]:
         """Short rows, packed without padding, in one call."""
         rows = [[*pairs[index][0], *pairs[index][1]][:-1] for index in batch]
-        longest = max(map(len, rows))
-        ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
-        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
-        hidden = self._hidden(ids.to(self.device), None, mask.to(self.device))
+        ids, mask = self._padded(rows, max(map(len, rows)))
+        hidden = self._hidden(ids, None, mask)
         found = {}
         for place, index in enumerate(batch):
             context, continuation = pairs[index]
@@ -372,11 +378,3 @@ class Generator:
             total += float(logits.log_softmax(-1).gather(1, wanted[:, None]).double().sum())
             greedy = greedy and bool((logits.argmax(-1) == wanted).all())
         return total, greedy
-
-
-def _check_counts(num_prompts: int, given: Mapping[str, Any]) -> None:
-    for name, value in given.items():
-        if value is not None and not isinstance(value, int) and len(value) != num_prompts:
-            raise ValueError(
-                f"{len(value)} {name} do not fit {num_prompts} prompts; give one a prompt"
-            )

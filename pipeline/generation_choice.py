@@ -2,10 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def check_asked(
+    prompts: Sequence[Sequence[int]], temperature: float, top_p: float, given: Mapping[str, Any]
+) -> None:
+    """Refuse what does not fit the prompts; `given` holds what is one a prompt, by name.
+
+    Raises:
+        ValueError: with the value, the rule and the mend.
+    """
+    if isinstance(prompts, str) or any(isinstance(prompt, str) for prompt in prompts):
+        raise ValueError("a prompt is text; give token ids, tokenizer(text)['input_ids']")
+    if temperature < 0:
+        raise ValueError(f"temperature={temperature} is negative; set it to 0 or more")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p={top_p} is not in (0, 1]; set it to 1 to sample among all")
+    for name, value in given.items():
+        if value is not None and not isinstance(value, int) and len(value) != len(prompts):
+            raise ValueError(
+                f"{len(value)} {name} do not fit {len(prompts)} prompts; give one a prompt"
+            )
 
 
 def choose(logits: Tensor, drawn: Tensor, *, temperature: float, top_p: float = 1.0) -> Tensor:
@@ -39,6 +61,8 @@ class StopTexts:
         num_rows: int,
         decode: Callable[[list[int]], str] | None,
     ) -> None:
+        if texts and decode is None:
+            raise ValueError("stop_texts need decode=tokenizer.decode; give both")
         shared = all(isinstance(text, str) for text in texts)
         if not shared and len(texts) != num_rows:
             raise ValueError(

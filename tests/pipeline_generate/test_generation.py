@@ -43,6 +43,8 @@ def test_greedy_rows_of_any_lengths_equal_a_loop_without_cache(mode, model_of, d
     found = Generator(model, prefill_chunk=7, max_batch=3).generate(
         prompts, max_new_tokens=[11, 3, 0, 9, 6]
     )
+    together = Generator(model, prefill_chunk=90).generate(prompts, max_new_tokens=[11, 3, 0, 9, 6])
+    assert together == found
     for prompt, count, generation in zip(prompts, (11, 3, 0, 9, 6), found, strict=True):
         assert list(generation.tokens) == greedy_loop(model, prompt, count)
         assert not generation.stopped
