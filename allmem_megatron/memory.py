@@ -37,6 +37,15 @@ ALIGNMENT = 64
 """Outputs of the branch's projections of a token are padded to a multiple of this."""
 
 
+def _in_turn(weight: Tensor) -> Tensor:
+    """The weight, by a node of autograd of its own.
+
+    Gradients of several weights that leave one node are accumulated in an order that depends on
+    what else is ready; those that leave nodes of their own, in the nodes' order, on every rank.
+    """
+    return weight.view_as(weight)
+
+
 class BranchBase(MegatronModule):
     """What the memory and its Mamba-2 stand-in share: projections, convolutions, gate, alpha."""
 
@@ -121,22 +130,18 @@ class BranchBase(MegatronModule):
         gradients summed one by one, which is most of what the narrow projections cost. Weights that
         ZeRO-3 gathers only when their module runs are multiplied there.
         """
-        weights = [linear.weight for linear in linears]
-        if any(hasattr(weight, "ds_id") for weight in weights):
+        if any(hasattr(linear.weight, "ds_id") for linear in linears):
             return [self.project(linear, x) for linear in linears]
+        weights = [_in_turn(linear.weight) for linear in linears]
         sizes = [weight.shape[0] for weight in weights]
         # rows of zeros, so that each token's outputs begin where wide loads may
         sizes.append(-sum(sizes) % ALIGNMENT)
-        weights.append(weights[0].new_zeros(sizes[-1], x.shape[-1]))
-        biases = [linear.bias for linear in linears] + [None]
+        weights.append(x.new_zeros(sizes[-1], x.shape[-1]))
         bias = None
-        if any(part is not None for part in biases):
-            bias = torch.cat(
-                [
-                    weights[0].new_zeros(size) if part is None else part
-                    for size, part in zip(sizes, biases, strict=True)
-                ]
-            )
+        if any(linear.bias is not None for linear in linears):
+            given = [None if linear.bias is None else _in_turn(linear.bias) for linear in linears]
+            parts = zip(sizes, (*given, None), strict=True)
+            bias = torch.cat([x.new_zeros(n) if part is None else part for n, part in parts])
         out = F.linear(x, torch.cat(weights), bias)
         return list(out.transpose(0, 1).split(sizes, -1))[: len(linears)]
 

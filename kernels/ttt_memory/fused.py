@@ -58,6 +58,8 @@ def conv_heads(
     from kernels.ttt_memory.triton_backend.branch import ConvHeads
 
     bounds = None if cu_seqlens is None else tuple(cu_seqlens.tolist())
+    # by nodes of their own: their gradients are then accumulated in one order on every rank
+    weight, norm = weight.view_as(weight), None if norm is None else norm.view_as(norm)
     return _apply(ConvHeads, x, weight, norm, tail, num_heads, eps, bounds)
 
 
