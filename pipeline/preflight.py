@@ -25,6 +25,7 @@ from typing import Any
 from pipeline.config import compose
 from pipeline.preflight_checks import (
     all_reduce,
+    gpu_identity,
     gpu_problems,
     recipe_problems,
     room_problems,
@@ -56,6 +57,8 @@ class Report:
     node: str
     problems: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
+    gpu: list[str] = field(default_factory=list)
+    """The GPU that the rank computes on, if any."""
 
 
 class Meeting:
@@ -170,6 +173,7 @@ def _own_report(config: RunConfig, place: Place) -> Report:
     try:
         report.problems.extend([*gpu_problems(config, place), *room_problems(place)])
         report.versions.update(versions(config, place))
+        report.gpu.extend(filter(None, [gpu_identity(config, place)]))
         if place.rank == 0:
             report.problems.extend(recipe_problems(config, place))
     except ImportError as error:
@@ -229,7 +233,7 @@ def _lead(config: RunConfig, meeting: Meeting, started: float, doing: Doing) -> 
             reports.append(Report(**found))
     for report in reports:
         problems += [f"{place.who(report.rank)}: {problem}" for problem in report.problems]
-    problems += _different_versions(reports, place)
+    problems += _different_versions(reports, place) + shared_gpus(reports, place)
     following = "an all-reduce among the ranks" if place.world_size > 1 else "nothing"
     meeting.write("verdict.json", {"go": not problems, "next": following})
     code = _say(*problems) if problems else 0
@@ -307,6 +311,20 @@ def _different_versions(reports: list[Report], place: Place) -> list[str]:
             if version != usual
         ]
     return problems
+
+
+def shared_gpus(reports: Sequence[Report], place: Place) -> list[str]:
+    """One line for each GPU that several ranks would compute on."""
+    ranks: dict[tuple[str, str], list[int]] = {}
+    for report in reports:
+        for gpu in report.gpu:
+            ranks.setdefault((report.node, gpu), []).append(report.rank)
+    return [
+        f"{place.who(found[-1])}: shares a GPU with rank {', '.join(map(str, found[:-1]))}; set "
+        "--ntasks-per-node and --gpus-per-node to the same number"
+        for found in ranks.values()
+        if len(found) > 1
+    ]
 
 
 def _say(*lines: str) -> int:

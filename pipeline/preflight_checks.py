@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -29,7 +30,7 @@ _NUMBERS = 1 << 20
 
 
 def gpu_problems(config: RunConfig, place: Place) -> list[str]:
-    """Are the GPUs that Slurm gave there, one for each task, free, and do they calculate?"""
+    """Are there GPUs if Slurm gave some; is this task's free, and does it calculate?"""
     device = config.parallel.device
     if device == "cpu" or config.stage.name == "prepare":
         return []
@@ -45,11 +46,6 @@ def gpu_problems(config: RunConfig, place: Place) -> list[str]:
         ]
     if seen == 0:
         return []
-    if seen < place.tasks_here:
-        return [
-            f"{place.tasks_here} tasks share {seen} GPU(s); set --ntasks-per-node and "
-            "--gpus-per-node to the same number"
-        ]
     index = place.local_rank % seen
     try:
         torch.cuda.set_device(index)
@@ -68,6 +64,18 @@ def gpu_problems(config: RunConfig, place: Place) -> list[str]:
             "on it"
         )
     return problems
+
+
+def gpu_identity(config: RunConfig, place: Place) -> str:
+    """What tells this task's GPU from the others of its node; empty without one."""
+    if config.parallel.device == "cpu" or config.stage.name == "prepare":
+        return ""
+    import torch
+
+    if not torch.cuda.is_available():
+        return ""
+    index = place.local_rank % torch.cuda.device_count()
+    return str(torch.cuda.get_device_properties(index).uuid)
 
 
 def room_problems(place: Place) -> list[str]:
@@ -105,7 +113,8 @@ def versions(config: RunConfig, place: Place) -> dict[str, str]:
             found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
             driver = Path("/proc/driver/nvidia/version")
             if driver.is_file():
-                found["driver"] = driver.read_text().split("\n")[0].split("  ")[1].strip()
+                number = re.search(r"\d+\.\d+(\.\d+)?", driver.read_text())
+                found["driver"] = number.group() if number else "unknown"
     return found
 
 

@@ -55,11 +55,6 @@ class Place:
                 return f"{node} (rank {rank})"
         return f"rank {rank}"
 
-    @property
-    def tasks_here(self) -> int:
-        """Tasks on this node; 1 where nobody knows."""
-        return dict(zip(self.nodes, self.tasks, strict=True)).get(self.node, 1)
-
 
 def _counts(text: str) -> tuple[int, ...]:
     """Slurm's `8(x2),4` as (8, 8, 4)."""

@@ -38,7 +38,10 @@ last_value() {
         [[ $word == "$key="* ]] && found=${word#*=}
     done
     case $found in
-    \'*\' | \"*\") found=${found:1:-1} ;;
+    \'*\' | \"*\")
+        found=${found:1:-1}
+        found=${found//\\\'/\'}
+        ;;
     esac
     echo "$found"
 }
@@ -71,8 +74,9 @@ allmem_meeting_place() {
     if ! getent hosts "$first" >/dev/null; then
         first=$(scontrol show node -o "$first" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
     fi
-    export ALLMEM_NODES MASTER_ADDR=${MASTER_ADDR:-$first}
-    export MASTER_PORT=${MASTER_PORT:-$((20000 + (SLURM_JOB_ID * 7 + ${SLURM_RESTART_COUNT:-0}) % 10000))}
+    export ALLMEM_NODES MASTER_ADDR=$first
+    export MASTER_PORT=$((20000 + (SLURM_JOB_ID * 7 + ${SLURM_RESTART_COUNT:-0}) % 10000))
+    unset RANK WORLD_SIZE LOCAL_RANK # of whoever submitted; srun numbers the tasks
 }
 
 # srun in the background, so that traps run at once; the exit code that says why the step ended
@@ -213,6 +217,8 @@ allmem_end() {
 
 allmem_run() {
     local words=() code codes
+    trap 'on_stop "the time limit is near (SIGUSR1)"' USR1
+    trap 'on_stop "Slurm ends the job (SIGTERM)"' TERM
     [[ -n ${SLURM_JOB_ID:-} ]] || allmem_fail "this is a job script: sbatch $0 [overrides…]"
     while [[ $# -gt 0 && $1 != -- ]]; do
         words+=("$1")
@@ -240,8 +246,6 @@ allmem_run() {
     fi
     allmem_environment
     allmem_meeting_place
-    trap 'on_stop "the time limit is near (SIGUSR1)"' USR1
-    trap 'on_stop "Slurm ends the job (SIGTERM)"' TERM
     allmem_say "restart ${SLURM_RESTART_COUNT:-0}, nodes $ALLMEM_NODES: ${words[*]}"
     allmem_clean_nodes
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+import pytest
+
 from tests.slurm.cluster import SlurmCluster, skip_without_slurm
 
 
@@ -24,6 +26,7 @@ def test_two_clusters_run_side_by_side_and_leave_nothing(tmp_path: Path) -> None
     assert not [path for path in Path("/proc").glob("[0-9]*/environ") if _mentions(path, folders)]
 
 
+@pytest.mark.slow
 def test_a_job_on_a_node_that_dies_is_requeued(tmp_path: Path) -> None:
     skip_without_slurm()
     with SlurmCluster(2) as cluster:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.preflight import EXIT_PREFLIGHT
+from pipeline.preflight import EXIT_PREFLIGHT, Report, shared_gpus
 from pipeline.preflight_place import Place
 from tests.slurm.cluster import ROOT, SlurmCluster
 from tests.slurm.conftest import JOB_ENV, shape
@@ -164,4 +164,8 @@ def test_ranks_are_told_by_their_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [place.who(rank) for rank in (0, 1, 2, 3, 4, 5)] == [
         "a (rank 0)", "a (rank 1)", "b (rank 2)", "b (rank 3)", "c (rank 4)", "rank 5",
     ]  # fmt: skip
-    assert place.tasks_here == 2
+    reports = [Report(rank=2, node="b", gpu=["x"]), Report(rank=3, node="b", gpu=["x"])]
+    assert shared_gpus([*reports, Report(rank=4, node="c", gpu=["x"])], place) == [
+        "b (rank 3): shares a GPU with rank 2; set --ntasks-per-node and --gpus-per-node to the "
+        "same number"
+    ]

@@ -108,6 +108,27 @@ def test_a_script_does_its_stage(
     assert (run / stage / "DONE.json").is_file()
 
 
+@pytest.mark.slow
+def test_array_tasks_that_run_one_at_a_time_finish_by_giving_way(
+    cluster: SlurmCluster, tmp_path: Path, tiny_words: list[str]
+) -> None:
+    """A worker that waits in vain ends with 75; only its own task is requeued."""
+    run = tmp_path / "it's a run"
+    words = [*run_words(tiny_words), "data.wait_s=2", f"run.dir='{tmp_path}/it\\'s a run'"]
+    array = cluster.sbatch(
+        "--array=0-1%1", "--cpus-per-task=1", f"--output={tmp_path}/%a.out",
+        script("prepare.sh"), *words, cwd=tmp_path,
+    )  # fmt: skip
+    restarts = []
+    for task in (0, 1):
+        ended = cluster.wait(f"{array}_{task}", timeout_s=240)
+        assert ended["JobState"] == "COMPLETED", (tmp_path / f"{task}.out").read_text()
+        restarts.append(int(ended["Restarts"]))
+    assert restarts[0] >= 1
+    assert (run / "prepare" / "DONE.json").is_file()
+    assert "requeues itself" in (tmp_path / "0.out").read_text()
+
+
 def test_a_wrong_setting_fails_the_job_with_its_line(
     cluster: SlurmCluster, tmp_path: Path, tiny_words: list[str]
 ) -> None:

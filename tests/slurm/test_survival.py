@@ -115,7 +115,8 @@ def test_one_dead_task_fails_the_job_within_seconds(
     run = tmp_path / "runs" / "tiny"
     run.mkdir(parents=True)
     (run / "prepare").symlink_to(undisturbed / "prepare")
-    job = start(cluster, tmp_path, [*words, "pretrain.steps=100000"], ALLMEM_MAX_FAILURES="0")
+    endless = [*words, "pretrain.steps=100000", "tracking=none"]
+    job = start(cluster, tmp_path, endless, ALLMEM_MAX_FAILURES="0")
     wait_for_step(cluster, job, run, 2)
     (task,) = tasks_of(cluster, "node2")
     os.kill(task, signal.SIGKILL)
