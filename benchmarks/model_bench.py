@@ -25,7 +25,6 @@ from benchmarks.model_cases import (
 from benchmarks.rows import Results, Row, failed, measured, missing, refused
 from benchmarks.shapes import SHAPES, Shape
 from pipeline.costs import cache_bytes
-from pipeline.decode_graph import is_steady
 
 BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 STEPS = 16
@@ -47,7 +46,7 @@ class Bench:
 
     def __post_init__(self) -> None:
         self.watch = Stopwatch(self.device)
-        self._errors: dict[tuple[str, str, bool], float] = {}
+        self._errors: dict[tuple[str, str, bool, bool], float] = {}
         self._backends: dict[str, Any] = {}
         self._model: tuple[tuple[str, str], Any] | None = None
 
@@ -123,10 +122,8 @@ class Bench:
             one_row_read = False
 
     def is_done(self, case: Row) -> bool:
-        """Whether an earlier run has measured or refused it, the CUDA graph of a step too."""
-        mixer, reach = case["mixer"], case["window_size"] + case["num_sinks"]
-        graph = self.cuda and case["op"] == "decode" and mixer != "full"
-        names = [mixer, *([f"{mixer}, CUDA graph"] if graph and case["tokens"] >= reach else [])]
+        """Whether an earlier run has measured or refused it, the CUDA graphs of a step too."""
+        names = [case["mixer"], *self.graph_names(case)]
         return all(self.results.has(case["group"], name) for name in names)
 
     def decode_batches(self, shape: Shape, tokens: int) -> list[int]:
@@ -145,25 +142,27 @@ class Bench:
         calls = STEPS if case["op"] == "decode" else 1
         if floor * calls * 1.5 > self.left_s:
             why = f"needs {floor * calls:.0f} s by its floor and {max(self.left_s, 0):.0f} s of "
-            self.results.add(missing(case, case["mixer"], why + "--budget-s were left"))
+            name = case.get("name", case["mixer"])
+            self.results.add(missing(case, name, why + "--budget-s were left"))
             return False
         try:
             measure()
         except Exception as error:  # noqa: BLE001  # printed, and in the exit status
-            name = f"{case['mixer']}, CUDA graph" if case.get("graph") else case["mixer"]
-            self.results.add(failed(case, name, error))
+            self.results.add(failed(case, case.get("name", case["mixer"]), error))
             if self.cuda:
                 torch.cuda.empty_cache()
             return False
         return True
 
-    def error(self, shape: Shape, mixer: str, *, graph: bool = False) -> float:
+    def error(
+        self, shape: Shape, mixer: str, *, graph: bool = False, compiled: bool = False
+    ) -> float:
         """Of two layers of the shape; of a wrong output where the mixer is to be spoiled."""
-        key = shape.name, mixer, graph
+        key = shape.name, mixer, graph, compiled
         if key not in self._errors:
-            wrong = 1.1 if mixer == self.given.spoil else 1.0
+            how = {"times": 1.1 if mixer == self.given.spoil else 1.0, "compiled": compiled}
             self._errors[key] = check_error(
-                shape, mixer, self.device, self.dtype, times=wrong, graph=graph
+                shape, mixer, self.device, self.dtype, graph=graph, **how
             )
         return self._errors[key]
 
@@ -237,23 +236,35 @@ class Bench:
                 reader.feed(self.tokens(shape, 1, tokens))
             reader.repeat(batch)
         self.write(case, reader, more)
-        if self.cuda and isinstance(reader, ConstantReader):
-            graphed = {**case, "graph": True}
+        for name in self.graph_names(case):
+            graphed = {**case, "graph": True, "name": name}
             work = floors.decode(shape, case["mixer"], batch, tokens, self.dtype.itemsize)
-            self.guarded(graphed, work, lambda: self.write_graphed(graphed, reader, more))
+            self.guarded(graphed, work, lambda c=graphed: self.write_graphed(c, reader, more))
 
-    def write_graphed(self, case: Row, reader: ConstantReader, more: Row) -> None:
+    def graph_names(self, case: Row) -> list[str]:
+        """Rows of a decode case beside the plain step: as a CUDA graph, and compiled before.
+
+        Only where the window is full, and compiled for the largest batch alone: it takes a minute.
+        """
+        full = case["mixer"] == "full" or case["op"] != "decode" or not self.cuda
+        if full or case["tokens"] < case["window_size"] + case["num_sinks"]:
+            return []
+        names = [f"{case['mixer']}, CUDA graph"]
+        if case["batch"] == max(self.given.batches):
+            names.append(f"{case['mixer']}, CUDA graph, compiled")
+        return names
+
+    def write_graphed(self, case: Row, reader: Reader, more: Row) -> None:
         """The same with the step as a CUDA graph, which is checked on its own."""
-        shape, mixer = SHAPES[case["shape"]], case["mixer"]
-        name, bound = f"{mixer}, CUDA graph", BOUNDS[self.dtype]
-        error = self.error(shape, mixer, graph=True)
+        assert isinstance(reader, ConstantReader)
+        shape, mixer, name = SHAPES[case["shape"]], case["mixer"], case["name"]
+        bound, compiled = BOUNDS[self.dtype], name.endswith("compiled")
+        error = self.error(shape, mixer, graph=True, compiled=compiled)
         if not error <= bound:
             self.results.add(refused(case, name, error, bound))
-        elif not is_steady(reader.cache):
-            self.results.add(missing(case, name, "the text is shorter than window and sinks"))
-        else:
-            reader.record()
-            self.write(case, reader, {**more, "error": error}, name)
+            return
+        reader.record(compiled=compiled)
+        self.write(case, reader, {**more, "error": error}, name)
 
     def write(self, case: Row, reader: Reader, more: Row, name: str = "") -> None:
         """Times the steps and adds the row."""

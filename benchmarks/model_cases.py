@@ -97,9 +97,9 @@ class ConstantReader:
         self.cache = AllMemCache(self.model.config)
         self._decoder: GraphedDecoder | None = None
 
-    def record(self) -> None:
+    def record(self, *, compiled: bool) -> None:
         """From here on steps of one token are a CUDA graph. Raises: ValueError, as its decoder."""
-        self._decoder = GraphedDecoder(self.model, self.cache)
+        self._decoder = GraphedDecoder(self.model, self.cache, compiled=compiled)
 
     @torch.no_grad()
     def feed(self, tokens: Tensor) -> Tensor:
@@ -254,13 +254,15 @@ def check_error(
     *,
     times: float = 1.0,
     graph: bool = False,
+    compiled: bool = False,
 ) -> float:
     """Error of two layers of this shape on the device, against plain PyTorch in higher precision.
 
     A text of several windows and chunks is read in odd pieces and continued token by token; the
     logits are compared with those of one call over the whole text without a cache, on the CPU in
     float32 (float64 for float32 models), with the same weights. `times` makes the logits
-    wrong, for tests; `graph` continues by a CUDA graph.
+    wrong, for tests; `graph` continues by a CUDA graph, of a step that is
+    `compiled` or not.
     """
     window = min(shape.window_size, 512)
     small = replace(
@@ -286,7 +288,7 @@ def check_error(
     there = ids.to(device)
     logits = [reader.feed(there[:, :-_CHECK_STEPS])]
     if graph and isinstance(reader, ConstantReader):
-        reader.record()
+        reader.record(compiled=compiled)
     for at in range(tokens - _CHECK_STEPS, tokens):
         logits.append(reader.feed(there[:, at : at + 1]).clone())
     return relative_error(times * torch.stack(logits, 1).cpu(), wanted)

@@ -9,7 +9,8 @@ calls.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -50,13 +51,20 @@ class GraphedDecoder:
         model: in evaluation mode.
         cache: of rows that all have W + s tokens (`is_steady`).
         capture: how a step is recorded; default: a CUDA graph.
+        compiled: have torch.compile make a layer's step (one program for all layers), which leaves
+            a fraction of the operations to record; takes a minute or so at the first call.
 
     Raises:
         ValueError: a cache that still grows, or chunks of a single token.
     """
 
     def __init__(
-        self, model: AllMemForCausalLM, cache: AllMemCache, *, capture: Capture = record
+        self,
+        model: AllMemForCausalLM,
+        cache: AllMemCache,
+        *,
+        capture: Capture = record,
+        compiled: bool = False,
     ) -> None:
         config = cache.config
         if not is_steady(cache):
@@ -71,7 +79,8 @@ class GraphedDecoder:
                 "decode without a graph"
             )
         assert cache.lengths is not None
-        self.model, self.cache, self._capture = model, cache, capture
+        self.model, self.cache, self.compiled = model, cache, compiled
+        self._capture = capture
         self._tokens = torch.zeros(len(cache.host_lengths), 1, dtype=torch.long).to(model.device)
         self._lengths = cache.lengths.clone()
         self._logits: Tensor | None = None
@@ -88,41 +97,48 @@ class GraphedDecoder:
         Returns:
             `[R, V]` logits of the next token, in a buffer that the next call writes over.
         """
-        self._calls += 1
-        if self._calls <= _EAGER_CALLS:
-            out = self.model(tokens, past_key_values=self.cache, use_cache=True)
-            logits: Tensor = out.logits[:, -1]
-            return logits
         self._tokens.copy_(tokens)
-        if self._replay is None:
-            self._record()
-        assert self._replay is not None
-        assert self._logits is not None
-        self._replay()
+        if self._replay is not None:
+            self._replay()
+        elif self._calls < _EAGER_CALLS:
+            with self._frozen():
+                self._step()
+        else:
+            with self._frozen():
+                self._replay = self._capture(self._step)
+            self._replay()
+        self._calls += 1
         self._count()
+        assert self._logits is not None
         return self._logits
 
-    def _record(self) -> None:
-        cache = self.cache
-        assert cache.lengths is not None
-        self._lengths.copy_(cache.lengths)
+    def _step(self) -> None:
+        out = self.model(self._tokens, past_key_values=self.cache, use_cache=True)
+        self._logits = out.logits[:, -1]
+        assert self.cache.lengths is not None
+        self._lengths.copy_(self.cache.lengths)
+
+    @contextlib.contextmanager
+    def _frozen(self) -> Iterator[None]:
+        """The numbers that the host knows stand still: kernels read the device's."""
+        cache, config = self.cache, self.cache.config
+        lengths, seen, size = cache.host_lengths, cache.seen, config.chunk_size
+        assert config.attention_window is not None
+        steady = config.attention_window + config.num_sinks
+        # a length at which the window is full, and no chunk becomes complete
+        steady += 1 if size > 1 and (steady + 1) % size == 0 else 0
+        cache.host_lengths, cache.seen = (steady,) * len(lengths), steady
         cache.lengths = self._lengths
-        lengths, seen = cache.host_lengths, cache.seen
-        # any length will do at which no chunk becomes complete: kernels read the device's numbers
-        steady = max(lengths) + 2
-        while (steady + 1) % cache.config.chunk_size == 0:
-            steady += 1
-        cache.host_lengths = (steady,) * len(lengths)
-
-        def step() -> None:
-            out = self.model(self._tokens, past_key_values=cache, use_cache=True)
-            self._logits = out.logits[:, -1]
-            assert cache.lengths is not None
-            self._lengths.copy_(cache.lengths)
+        layers: list[Any] = list(self.model.model.layers) if self.compiled else []
+        for layer in layers:
+            layer.forward = torch.compile(layer.forward, dynamic=False)
+        try:
+            yield
+        finally:
+            for layer in layers:
+                del layer.forward
+            cache.host_lengths, cache.seen = lengths, seen
             cache.lengths = self._lengths
-
-        self._replay = self._capture(step)
-        cache.host_lengths, cache.seen = lengths, seen
 
     def _count(self) -> None:
         """What the host does after a step: numbers of tokens, and complete chunks."""

@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_leaves
 from allmem_hf import AllMemCache
 from benchmarks.model_cases import build
 from benchmarks.shapes import SHAPES
-from pipeline.decode_graph import GraphedDecoder, is_steady, record
+from pipeline import decode_graph
+from pipeline.decode_graph import GraphedDecoder, is_steady
 
 SHAPE = SHAPES["tiny"]
 STEADY = SHAPE.window_size + SHAPE.num_sinks
@@ -103,10 +104,19 @@ def test_a_recorded_step_equals_the_model_over_several_chunks(mixer: str) -> Non
     )
 
 
+@pytest.mark.slow
+def test_a_compiled_step_equals_the_model_over_several_chunks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(decode_graph, "_EAGER_CALLS", 1000)  # nothing is recorded
+    compare("allmem", "cpu", lambda model, cache: GraphedDecoder(model, cache, compiled=True))
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("mixer", ["allmem", "mamba2", "swa"])
-def test_a_cuda_graph_equals_the_model_over_several_chunks(mixer: str) -> None:
-    compare(mixer, "cuda", lambda model, cache: GraphedDecoder(model, cache, capture=record))
+def test_a_cuda_graph_equals_the_model_over_several_chunks(mixer: str, compiled: bool) -> None:
+    compare(mixer, "cuda", lambda model, cache: GraphedDecoder(model, cache, compiled=compiled))
 
 
 def test_a_cache_that_still_grows_is_refused() -> None:
