@@ -178,6 +178,7 @@ def test_common_and_frequent_words_are_the_most_frequent(
         assert counts == sorted(counts, reverse=True)
         others = max(coded.count(word) for word in set(coded) - set(example.answers))
         assert counts[-1] >= others
+        assert counts[0] / counts[1] == pytest.approx((3 / 2) ** 2, rel=0.1)
 
 
 def test_examples_are_the_same_each_time_and_do_not_depend_on_their_number() -> None:

@@ -25,6 +25,11 @@ def test_the_harness_gives_upstreams_prompts_to_the_last_character() -> None:
     assert ruler_texts.templates()[1] == "upstream:lm_eval"
 
 
+def test_six_sets_of_longbench_get_no_chat_template() -> None:
+    bare = {t.name for t in build_tasks(SuiteConfig(tasks=("longbench/*",))) if not t.chat}
+    assert bare == {"trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p"}
+
+
 def test_a_harness_with_another_prompt_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         upstream_prompts, "lm_eval_yaml", lambda path: {"doc_to_text": "{{context}} changed"}
