@@ -1,7 +1,7 @@
 """The paper's short tasks by name: which task of lm-evaluation-harness, shots, metric, sampling.
 
-LiveCodeBench v5, the last of the paper's table, is not in the harness: docs/running-evaluations.md has the
-bridge to its own runner.
+LiveCodeBench v5, the last of the paper's table, is not in the harness:
+docs/running-evaluations.md has the bridge to its own runner.
 """
 
 from __future__ import annotations
@@ -35,6 +35,13 @@ class ShortTask:
     """Of the sampling; None is the harness's own, mostly greedy."""
     top_p: float = 1.0
     """Share of the probability that is sampled from."""
+
+    def label(self, metric: str) -> str:
+        """The name in `results.json` of one of `metrics`: without its filter, if it is the first
+        or has none that tells it from another."""
+        column, _, chosen = metric.partition(",")
+        plain = metric == self.metrics[0] or chosen in ("none", "default")
+        return column if plain else f"{column}_{chosen}"
 
 
 _ACC = ("acc,none", "acc_norm,none")

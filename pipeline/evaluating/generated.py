@@ -233,7 +233,7 @@ class TaskRuns:
         short = SHORT_TASKS[name]
         return {
             "suite": "short",
-            "metric": short.metrics[0].partition(",")[0],
+            "metric": short.label(short.metrics[0]),
             "prompts": f"upstream:lm_eval {lm_eval.__version__} {short.harness}",
             "num_fewshot": short.num_fewshot,
             "num_samples": short.num_samples,

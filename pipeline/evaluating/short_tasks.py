@@ -209,10 +209,8 @@ def _summary(
 ) -> dict[str, float]:
     found: dict[str, float] = {}
     for metric in short.metrics:
-        column, _, chosen = metric.partition(",")
-        label = column if chosen in ("none", "default") else f"{column}_{chosen}"
         scores = [statistics.fmean(values) for values in rows[metric].values()]
-        found[label] = _percent(scores)
+        found[short.label(metric)] = _percent(scores)
         if metric == short.metrics[0]:
             found["stderr"] = bootstrap_stderr(scores, _percent, resamples=resamples, seed=seed)
             found["n"] = float(len(scores))

@@ -142,7 +142,10 @@ def test_gpqa_is_the_mean_of_ten_samplings(
         data_dir=str(data),
         generation={"batch_size": 4},
     )
-    row = task_run.evaluate(config)["mixers"]["allmem"]["short/gpqa_diamond"]
+    results = task_run.evaluate(config)
+    row = results["mixers"]["allmem"]["short/gpqa_diamond"]
+    assert results["tasks"]["short/gpqa_diamond"]["metric"] == "exact_match"
+    assert {"exact_match", "exact_match_strict-match"} <= set(row)
     assert row["num_samples"] == 10
     assert row["n"] == 2
     (answers,) = task_run.journals().values()
