@@ -15,7 +15,7 @@ from torch import Tensor
 from kernels.ttt_memory import FastWeights, memory_scan, reference
 
 pytest.importorskip("triton", reason="pip install triton (Linux) to test the Triton kernels")
-from kernels.ttt_memory.triton_backend import backward, forward, launch
+from kernels.ttt_memory.triton_backend import backward, blocks, forward, launch
 from kernels.ttt_memory.triton_backend import scan as triton_scan
 
 ON_GPU = torch.cuda.is_available()
@@ -111,6 +111,22 @@ def test_two_runs_are_equal_bit_by_bit(memory_inputs: Callable[..., Any]) -> Non
         everything(triton_scan.memory_scan, tensors, chunk_size=8, split=None) for _ in range(2)
     )
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_blocks_are_tuned_by_what_is_right_and_fast(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tune_blocks = pytest.importorskip("benchmarks.tune_blocks")
+    monkeypatch.setattr(tune_blocks, "DEVICE", DEVICE)
+    monkeypatch.setattr(blocks, "BLOCKS", BLOCKS := {k: dict(v) for k, v in blocks.BLOCKS.items()})
+    monkeypatch.setattr(tune_blocks, "BLOCKS", BLOCKS)
+    times = iter([3.0, 2.0, 4.0])
+    settings = "--width 16 --tokens 20 --chunk 20 --kernels read_kernel --block-tokens 16 32"
+    sizes = " --block-hidden 16 --warps 4 --stages 1"
+    tune_blocks.main([*(settings + sizes).split()], lambda run: next(times))
+    printed = capsys.readouterr().out
+    assert "best: 2.000 ms" in printed
+    assert '"read_kernel": 32: Blocks(tokens=16, hidden=16, warps=4, stages=1)' in printed
 
 
 @pytest.mark.parametrize("chunks", [3, 9])

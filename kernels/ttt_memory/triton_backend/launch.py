@@ -59,6 +59,11 @@ class Sizes:
     def hidden_blocks(self, kernel: str) -> int:
         return triton.cdiv(self.hidden, self.blocks(kernel).hidden)
 
+    @property
+    def read_tokens(self) -> int:
+        """Tokens of a block that the reading kernels can take whole."""
+        return min(self.blocks(name).tokens for name in ("read_kernel", "read_tokens_kernel"))
+
     def options(self, kernel: str) -> dict[str, Any]:
         return options(kernel, self.width, self.hidden, self.chunk_size, self.dtype)
 

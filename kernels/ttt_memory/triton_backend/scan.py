@@ -193,7 +193,7 @@ class _Cutter:
         slots = 0 if state is None else state.pending_k.shape[1]
         plan = make_plan(
             tuple(starts), tuple(pending), slots, self.call.chunk_size,
-            self.call.sizes.blocks("read_kernel").tokens,
+            self.call.sizes.read_tokens,
             return_state or state is not None, q.device,
         )  # fmt: skip
         if plan.stream is not None:
