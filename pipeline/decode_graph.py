@@ -26,7 +26,9 @@ _EAGER_CALLS = 2
 
 
 def record(step: Callable[[], None]) -> Callable[[], None]:
-    """The step as a CUDA graph."""
+    """The step as a CUDA graph. Raises: ValueError without a CUDA device."""
+    if not torch.cuda.is_available():
+        raise ValueError("a CUDA graph needs a CUDA device; decode without one (cuda_graph=false)")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()

@@ -70,6 +70,8 @@ class Options:
     """Tokens between two writes of the memory. Default: the model's own."""
     prefill_chunk: int = 4096
     """Tokens that are read at once: more is faster on a GPU, less needs less memory."""
+    cuda_graph: bool = False
+    """Start the kernels of a written token together, as a CUDA graph, once the window is full."""
     device: typing.Literal["auto", "cpu", "cuda"] = "auto"
     """auto: CUDA where there is one."""
     dtype: typing.Literal["auto", "float32", "bfloat16"] = "auto"
@@ -162,7 +164,9 @@ class _Session:
             device=self.device,
             dtype=_dtype(options.dtype, self.device),
         )
-        self.generator = Generator(self.opened.model, prefill_chunk=options.prefill_chunk)
+        self.generator = Generator(
+            self.opened.model, prefill_chunk=options.prefill_chunk, cuda_graph=options.cuda_graph
+        )
         self.read_tokens, self.read_s = 0, 0.0
         self.new_tokens, self.decode_s = 0, 0.0
         self.cache_bytes = 0

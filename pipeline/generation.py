@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from allmem_hf import AllMemCache, AllMemForCausalLM
+from pipeline.decode_graph import GraphedDecoder, is_steady
 from pipeline.generation_choice import StopTexts, check_asked, choose
 
 Advance = Callable[[int, int], None]
@@ -78,12 +79,14 @@ class Generator:
         prefill_chunk: int = 4096,
         max_batch: int = 8,
         device: torch.device | str | None = None,
+        cuda_graph: bool = False,
     ) -> None:
         """Args:
             model: any of full, swa, mamba2 and allmem; put into evaluation mode.
             prefill_chunk: tokens of a prompt that are read at once.
             max_batch: rows that are decoded together.
             device: moves the model there; None: where it is.
+            cuda_graph: decode by a recorded step while all rows' windows are full.
 
         Raises:
             ValueError: a number below 1.
@@ -94,6 +97,8 @@ class Generator:
         self.model = model.eval() if device is None else model.to(device).eval()
         self.device = self.model.device
         self.prefill_chunk, self.max_batch = prefill_chunk, max_batch
+        self.cuda_graph = cuda_graph
+        self._decoder: GraphedDecoder | None = None
 
     # ------------------------------------------------------------------------------- reading
 
@@ -294,10 +299,18 @@ class Generator:
         if len(going) < len(rows):
             cache = cache.take([place for place, row in enumerate(rows) if row in going])
         ids = torch.tensor([[row.tokens[-1]] for row in going], device=self.device)
-        logits = self.logits(self._hidden(ids, cache)[:, -1])
+        logits = self._decode(ids, cache)
         for row, row_logits in zip(going, logits, strict=True):
             row.logits = row_logits
         return cache
+
+    def _decode(self, ids: Tensor, cache: AllMemCache) -> Tensor:
+        """Logits `[R, V]` float32 after one more token a row."""
+        if not (self.cuda_graph and is_steady(cache)):
+            return self.logits(self._hidden(ids, cache)[:, -1])
+        if self._decoder is None or self._decoder.cache is not cache:
+            self._decoder = GraphedDecoder(self.model, cache)
+        return self._decoder(ids).float().clone()  # the next step writes over it
 
     # ------------------------------------------------------------------------------- scoring
 

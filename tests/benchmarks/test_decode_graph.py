@@ -16,6 +16,7 @@ from benchmarks.model_cases import build
 from benchmarks.shapes import SHAPES
 from pipeline import decode_graph
 from pipeline.decode_graph import GraphedDecoder, is_steady
+from pipeline.generation import Generator
 
 SHAPE = SHAPES["tiny"]
 STEADY = SHAPE.window_size + SHAPE.num_sinks
@@ -127,3 +128,28 @@ def test_a_cache_that_still_grows_is_refused() -> None:
         model(torch.zeros(1, STEADY - 1, dtype=torch.long), past_key_values=cache, use_cache=True)
     with pytest.raises(ValueError, match="decode without a graph until they do"):
         GraphedDecoder(model, cache)
+
+
+def prompts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(4)
+    sizes = (STEADY + 5, STEADY + 1, 7)  # the last one's window fills while it writes
+    return [torch.randint(0, 97, (n,), generator=generator).tolist() for n in sizes]
+
+
+def test_generation_by_recorded_steps_writes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode_graph, "_EAGER_CALLS", 1000)  # there is nothing to record with here
+    model = build(SHAPE, "allmem", torch.device("cpu"), torch.float32)
+    limits = [4, 40, 40]  # rows leave the batch one after the other
+    plain, graphed = (
+        Generator(model, cuda_graph=graph).generate(prompts(), max_new_tokens=limits)
+        for graph in (False, True)
+    )
+    assert [one.tokens for one in plain] == [one.tokens for one in graphed]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
+def test_a_graph_without_a_cuda_device_is_an_error() -> None:
+    model = build(SHAPE, "allmem", torch.device("cpu"), torch.float32)
+    generator = Generator(model, cuda_graph=True)
+    with pytest.raises(ValueError, match="needs a CUDA device; decode without one"):
+        generator.generate(prompts()[:1], max_new_tokens=5)
