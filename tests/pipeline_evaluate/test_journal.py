@@ -59,3 +59,8 @@ def test_each_question_goes_to_one_rank_and_the_load_is_even(num_ranks: int) -> 
     assert all(len(batch) <= 3 for batch in batches)
     loads = [sum(costs[i] for batch in part for i in batch) for part in parts]
     assert max(loads) - min(loads) <= 3 * max(costs)
+
+
+def test_few_questions_are_spread_over_all_ranks() -> None:
+    assert [sum(map(len, part)) for part in shares([5] * 8, 2, batch_size=8)] == [4, 4]
+    assert shares([], 2, batch_size=8) == [[], []]
