@@ -20,6 +20,7 @@ from pipeline.submitting.record import Record, SubmittedJob
 WIDTH = 118
 """Columns where the output is no terminal."""
 _LOG_LINES = 12
+_BECAUSE = "because "
 _NEVER = "DependencyNeverSatisfied"
 _COLOURS = {"COMPLETED": "green", "RUNNING": "cyan", "PENDING": "yellow", "done": "green"}
 
@@ -66,11 +67,11 @@ def _row(job: SubmittedJob, state: JobState, before: Row | None, run_dir: Path) 
     if name == GONE and is_finished(run_dir, job.entry):
         name, note = "COMPLETED", "Slurm has forgotten the job; DONE.json is there"
     elif name in ("PENDING", "CANCELLED") and before is not None and _NEVER in state.reason:
-        note = f"because {_culprit(before)}"
+        note = f"{_BECAUSE}{_culprit(before)}"
     elif name == "PENDING" and before is not None and state.reason == "Dependency":
         note = f"waits for {before.entry}"
-        if before.failed or before.note.startswith("because "):
-            note = f"will be cancelled, because {_culprit(before)}"
+        if before.failed or _BECAUSE in before.note:
+            note = f"will be cancelled, {_BECAUSE}{_culprit(before)}"
     elif name == "RUNNING":
         note = ", ".join(filter(None, (_progress(run_dir, job.entry), state.nodes)))
     elif state.has_failed:
@@ -94,8 +95,8 @@ def _row(job: SubmittedJob, state: JobState, before: Row | None, run_dir: Path) 
 
 def _culprit(before: Row) -> str:
     """Why the stages after this one do not run."""
-    if before.note.startswith("because "):
-        return before.note.removeprefix("because ")
+    if _BECAUSE in before.note and not before.failed:
+        return before.note.partition(_BECAUSE)[2]
     return f"{before.entry} (job {before.job}) is {before.state}"
 
 

@@ -263,6 +263,21 @@ def test_a_job_that_slurm_has_forgotten_is_judged_by_its_mark(tmp_path: Path):
     assert [row.state for row in rows] == ["COMPLETED", "UNKNOWN"]
 
 
+def test_all_stages_behind_one_that_failed_name_it(tmp_path: Path):
+    entries = ("convert", "sft", "export")
+    record = Record(recipe="tiny", words=(), stages=entries)
+    for number, entry in enumerate(entries, start=1):
+        record = record.with_job(submitted(entry, str(number), str(number - 1)))
+    failed = parse(ARRAY.format("FAILED", "NonZeroExitCode", 2))
+    waits = parse(ARRAY.format("PENDING", "Dependency", 0))
+    never = parse(ARRAY.format("CANCELLED", "DependencyNeverSatisfied", 0))
+    for state, word in ((waits, "will be cancelled, "), (never, "")):
+        rows = rows_of(record, {"1": failed, "2": state, "3": state}, tmp_path)
+        assert [row.failed for row in rows] == [True, False, False]
+        for row in rows[1:]:
+            assert row.note.startswith(f"{word}because convert (job 1) is FAILED")
+
+
 def test_of_an_array_the_log_that_names_an_error_is_shown(tmp_path: Path):
     for task, text in enumerate(("fine", "error: full", "fine")):
         (tmp_path / f"prepare-12_{task}.out").write_text(text)
