@@ -239,7 +239,7 @@ def _lead(config: RunConfig, meeting: Meeting, started: float, doing: Doing) -> 
     code = _say(*problems) if problems else 0
     if code == 0:
         doing(following)
-        code = _lead_reduce(config, meeting, doing)
+        code = _lead_reduce(config, meeting, started, doing)
     if code == 0:
         seconds = time.monotonic() - started
         nodes = ", ".join(place.nodes) or place.node
@@ -252,7 +252,8 @@ def _lead(config: RunConfig, meeting: Meeting, started: float, doing: Doing) -> 
     return code
 
 
-def _lead_reduce(config: RunConfig, meeting: Meeting, doing: Doing) -> int:
+def _lead_reduce(config: RunConfig, meeting: Meeting, started: float, doing: Doing) -> int:
+    """The all-reduce, and who did not come through it."""
     place = meeting.place
     if place.world_size == 1:
         return 0
@@ -260,7 +261,7 @@ def _lead_reduce(config: RunConfig, meeting: Meeting, doing: Doing) -> int:
 
     def watch() -> None:
         """Before the limit: who has not come through?"""
-        if stuck.wait(max(LIMIT_S - 5 - (time.monotonic() - START), 1)):
+        if stuck.wait(max(LIMIT_S - 5 - (time.monotonic() - started), 1)):
             return
         missing = {0: "come to it", 1: "come through it"}
         for stage, word in missing.items():
@@ -282,7 +283,7 @@ def _lead_reduce(config: RunConfig, meeting: Meeting, doing: Doing) -> int:
         stuck.set()
     for rank in range(1, place.world_size):
         doing(f"waiting for {place.who(rank)} to come through the all-reduce")
-        if meeting.read(f"reduce-1-{rank}.json", START + LIMIT_S) is None:
+        if meeting.read(f"reduce-1-{rank}.json", started + LIMIT_S) is None:
             return _say(f"{place.who(rank)}: did not come through the all-reduce")
     return 0
 
@@ -332,8 +333,6 @@ def _say(*lines: str) -> int:
         print(f"preflight: {' '.join(line.split())}", file=sys.stderr, flush=True)
     return EXIT_PREFLIGHT
 
-
-START = time.monotonic()
 
 if __name__ == "__main__":
     status = main()

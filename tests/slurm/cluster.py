@@ -273,8 +273,8 @@ class SlurmCluster:
 
     def job(self, job: str) -> dict[str, str]:
         """What `scontrol show job -o` says: `JobState`, `Reason`, `ExitCode`, `Restarts`, …"""
-        line = self.run("scontrol", "show", "job", "-o", job)
-        return dict(word.split("=", 1) for word in line.split() if "=" in word)
+        line = self.run("scontrol", "show", "job", "-o", job).strip()
+        return dict(re.findall(r"(\S+?)=(.*?)(?= \S+=|$)", line))
 
     def wait_for(
         self, job: str, done: Callable[[dict[str, str]], bool], *, timeout_s: float = 120
