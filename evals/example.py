@@ -167,6 +167,10 @@ def evidence_distance(example: Example, prompt: Prompt) -> int | None:
     return round((1 - example.depth) * (len(prompt.tokens) + prompt.num_cut))
 
 
+_ONE_OF_EACH: dict[int, int] = {}
+"""One object for each token number: a suite's prompts are tens of millions of tokens, held whole."""
+
+
 def truncate_middle(tokens: Sequence[int], limit: int) -> tuple[Sequence[int], Sequence[int]]:
     """First and last half of `limit` tokens where there are more, else all of them and nothing.
 
@@ -214,7 +218,8 @@ def prepare_prompt(
 
     def rendered(text: str) -> tuple[int, ...]:
         body = chat_template(text) if chat_template is not None and task.chat else text
-        return tuple(tokenizer.encode(body + example.answer_prefix))
+        tokens = tokenizer.encode(body + example.answer_prefix)
+        return tuple(_ONE_OF_EACH.setdefault(token, token) for token in tokens)
 
     tokens = rendered(example.prompt)
     if len(tokens) <= budget:

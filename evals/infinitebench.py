@@ -63,6 +63,7 @@ def build(name: str, *, data: str, prompts: str, max_examples: int) -> SuiteTask
         load=partial(_examples, name, data, template),
         scorer=partial(score, name),
         prompts_source=source,
+        chat=source != PROMPTS_LOCAL,  # open models get their prompts bare
         decimals=None,
         mean_first=True,
         max_examples=max_examples,

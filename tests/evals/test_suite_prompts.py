@@ -30,6 +30,17 @@ def test_six_sets_of_longbench_get_no_chat_template() -> None:
     assert bare == {"trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p"}
 
 
+def test_prompts_for_open_models_get_no_chat_template(tmp_path: Path) -> None:
+    """InfiniteBench's are put to open models as they are; kv_retrieval has one for all models."""
+    text = infinitebench._template("kv_retrieval", "")[0]
+    (tmp_path / "src").mkdir()
+    source = f"yarn_mistral_templates = {{'kv_retrieval': {text!r}}}"
+    (tmp_path / "src" / "prompt.py").write_text(source)
+    for folder, chat in (("", True), (str(tmp_path), False)):
+        config = SuiteConfig(tasks=("infinitebench/kv_retrieval",), infinitebench_prompts=folder)
+        assert build_tasks(config)[0].chat is chat
+
+
 def test_a_harness_with_another_prompt_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         upstream_prompts, "lm_eval_yaml", lambda path: {"doc_to_text": "{{context}} changed"}
