@@ -168,7 +168,7 @@ def evidence_distance(example: Example, prompt: Prompt) -> int | None:
 
 
 _ONE_OF_EACH: dict[int, int] = {}
-"""One object for each token number: a suite's prompts are tens of millions of tokens, held whole."""
+"""One object for each token number: prompts of a suite are held whole, millions of tokens each."""
 
 
 def truncate_middle(tokens: Sequence[int], limit: int) -> tuple[Sequence[int], Sequence[int]]:
