@@ -55,6 +55,19 @@ class Example:
             )
 
 
+def checked(example: Example, scorer: Callable[[str, Example], float], where: str) -> Example:
+    """The example, once silence could be scored against it: bad references show before any answer.
+
+    Raises:
+        ValueError: its references cannot be scored; the message has their place.
+    """
+    try:
+        scorer("", example)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    return example
+
+
 class Task(Protocol):
     """One data set with its rule of scoring."""
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from evals import longbench_scores as scores
 from evals import own_prompts, upstream_prompts
 from evals.data_files import Fields, read_records, texts
-from evals.example import PROMPTS_LOCAL, PROMPTS_OWN, PROMPTS_UPSTREAM, Example, SuiteTask
+from evals.example import PROMPTS_LOCAL, PROMPTS_OWN, PROMPTS_UPSTREAM, Example, SuiteTask, checked
 from evals.rouge_l import rouge_l
 
 SUITE = "LongBench"
@@ -137,7 +137,7 @@ def _examples(name: str, data: str, template: str) -> Iterator[Example]:
         classes = tuple(record["all_classes"] or ())
         if SETS[name].metric == "classification" and not classes:
             raise ValueError(f"{where} has no all_classes, which {name} needs; mend the data file")
-        yield Example(
+        example = Example(
             id=record["_id"],
             prompt=template.format(context=record["context"], input=record["input"]),
             answers=texts(record, "answers", where),
@@ -145,6 +145,7 @@ def _examples(name: str, data: str, template: str) -> Iterator[Example]:
             length=record["length"],
             extra={"all_classes": classes} if classes else {},
         )
+        yield checked(example, partial(score, name), where)
 
 
 def _template(name: str, folder: str) -> tuple[str, str]:

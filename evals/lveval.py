@@ -9,7 +9,7 @@ from pathlib import Path
 
 from evals import longbench_scores, lveval_scores, own_prompts, upstream_prompts
 from evals.data_files import Fields, read_records, texts
-from evals.example import PROMPTS_LOCAL, PROMPTS_OWN, Example, SuiteTask
+from evals.example import PROMPTS_LOCAL, PROMPTS_OWN, Example, SuiteTask, checked
 
 SUITE = "LV-Eval"
 LEVELS: tuple[str, ...] = ("16k", "32k", "64k", "128k", "256k")
@@ -81,7 +81,7 @@ def _examples(name: str, level: str, data: str, template: str) -> Iterator[Examp
         keywords = record.get("answer_keywords")
         if keywords is not None and not isinstance(keywords, str):
             raise ValueError(f"{where}: answer_keywords is not a text; mend the data file")
-        yield Example(
+        example = Example(
             id=str(record.get("_id", index)),
             prompt=template.format(context=record["context"], input=record["input"]),
             answers=texts(record, "answers", where),
@@ -89,6 +89,7 @@ def _examples(name: str, level: str, data: str, template: str) -> Iterator[Examp
             length=record["length"],
             extra={"answer_keywords": keywords} if keywords else {},
         )
+        yield checked(example, partial(score, name), where)
 
 
 def _template(name: str, folder: str) -> tuple[str, str]:

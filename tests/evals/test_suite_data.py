@@ -154,8 +154,15 @@ def test_classification_needs_its_classes(tmp_path: Path) -> None:
 def test_lveval_keywords_that_hold_no_word_are_refused(tmp_path: Path) -> None:
     write(tmp_path / "hotpotwikiqa_mixup_16k.jsonl", {**LVEVAL, "answer_keywords": "the !"})
     task = built("lveval/hotpotwikiqa_mixup_16k", lveval_data=str(tmp_path))
-    with pytest.raises(ValueError, match="no word left"):
-        task.score("x", only(task))
+    with pytest.raises(ValueError, match=r"16k.jsonl:1: answer_keywords='the !' have no word left"):
+        only(task)
+
+
+def test_references_that_cannot_be_scored_are_refused_before_any_answer(tmp_path: Path) -> None:
+    write(tmp_path / "passage_retrieval_en.jsonl", {**LONGBENCH, "dataset": "passage_retrieval_en"})
+    task = built("longbench/passage_retrieval_en", longbench_data=str(tmp_path))
+    with pytest.raises(ValueError, match=r"en.jsonl:1: reference 'Ann' does not hold 'Paragraph '"):
+        only(task)
 
 
 @pytest.mark.parametrize(
