@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -14,12 +13,13 @@ from kernels.ttt_memory.triton_backend import forward as fwd
 from kernels.ttt_memory.triton_backend.blocks import rows, tiles
 from kernels.ttt_memory.triton_backend.launch import (
     Call,
+    Step,
     in_shares,
     low_weights,
     mean_mu,
-    shares,
     shares_buffer,
     spare,
+    steps_in_shares,
     steps_of,
     write_chunks,
 )
@@ -129,51 +129,57 @@ class _Gradients:
         parts = sizes.row_tiles if clips else sizes.hidden_blocks(kernel)
         d_mean = w.new_empty(*self.mean.shape, parts)
         d_norms = scale.new_empty(len(plan.chunks), *scale.shape[1:])
-        base = shares_buffer(plan, call, kernel, w)
+        walk = steps_in_shares(plan, call, kernel)
+        base = shares_buffer(walk, w)
         momentum = (m, self.mean, plan.chunks, self.w, self.m, self.steps, d_mean)
-        for begin, end in reversed(list(pairwise(plan.steps))):
-            active = end - begin
+        options, tile, row = sizes.options(kernel), tiles(sizes.width), rows(sizes.width)
+        hidden_blocks = sizes.hidden_blocks(kernel)
+        for step in reversed(walk):
+            programs = step.active * sizes.heads
             if clips:
-                bwd.momentum_gradient_kernel[(active * sizes.heads, parts)](
-                    *momentum, begin, *sizes.all, WRITE=True, **rows(sizes.width)
+                bwd.momentum_gradient_kernel[(programs, parts)](
+                    *momentum, step.begin, *sizes.all, WRITE=True, **row
                 )  # fmt: skip
-                self._through_clip(begin, end)
-            splits, share = shares(active, call, kernel)
-            bwd.steps_weights_kernel[(active * sizes.heads, sizes.hidden_blocks(kernel), splits)](
+                self._through_clip(step)
+            bwd.steps_weights_kernel[(programs, hidden_blocks, step.splits)](
                 self.k, self.v, self.eta, self.base, *momentum, base,
-                begin, call.chunk_size, share, *sizes.all, GIVEN=clips,
-                **sizes.options(kernel),
+                step.begin, call.chunk_size, step.share, *sizes.all, GIVEN=clips, **options,
             )  # fmt: skip
-            bwd.normalise_gradient_kernel[(active * sizes.heads, sizes.num_tiles)](
+            bwd.normalise_gradient_kernel[(programs, sizes.num_tiles)](
                 w, scale, call.decay, plan.chunks, base, self.w, d_norms,
-                begin, splits, *sizes.all, **tiles(sizes.width),
+                step.begin, step.splits, *sizes.all, **tile,
             )  # fmt: skip
         return d_mean.sum(-1), d_norms.sum(0)
 
-    def _through_clip(self, begin: int, end: int) -> None:
+    def _through_clip(self, step: Step) -> None:
         """dS of the step before clipping: S' = S min(1, clip / |S|)."""
         clip = self.call.clip
         assert clip is not None
+        begin, end = step.begin, step.end
         before, after = self.plan.chunks[begin:end, 0], self.plan.chunks[begin:end, 1]
         mu = self.mean[begin:end, :, None, None, None]
         clipped = self.states[1][after] - mu * self.states[1][before]
         squares = clipped.pow(2).sum((-2, -1), keepdim=True)
         # where the step was clipped its norm is the bound; how long it was, the step itself tells
-        raw = self._raw_norms(begin, end)
+        raw = self._raw_norms(begin)
         factor = clip / raw.clamp(min=clip)
         grad = self.steps[begin:end]
         along = (grad * clipped).sum((-2, -1), keepdim=True) / squares.clamp(min=1e-37)
         cut = (raw > clip).to(grad.dtype)
         grad.copy_(factor * (grad - cut * along * clipped))
 
-    def _raw_norms(self, begin: int, end: int) -> Tensor:
+    def _raw_norms(self, begin: int) -> Tensor:
         """|S|_F before clipping, [active, H, 3, 1, 1]: the steps are made again."""
         w, _, scale = self.states
-        steps = shares_buffer(self.plan, self.call, "steps_kernel", w)
-        splits = steps_of(
-            self.k, self.v, self.eta, w, scale, steps, self.plan, (begin, end), self.call
-        )
-        whole = in_shares(steps, splits, end - begin).sum(0)
+        kernel = "steps_kernel"
+        walk = steps_in_shares(self.plan, self.call, kernel)
+        (step,) = (step for step in walk if step.begin == begin)
+        steps = shares_buffer(walk, w)
+        steps_of(
+            self.k, self.v, self.eta, w, scale, steps, self.plan, step, self.call,
+            self.sizes.options(kernel),
+        )  # fmt: skip
+        whole = in_shares(steps, step).sum(0)
         return torch.linalg.vector_norm(whole, dim=(-2, -1), keepdim=True)
 
     def tokens(self, d_mean: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

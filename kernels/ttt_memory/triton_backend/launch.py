@@ -6,7 +6,7 @@ import math
 import os
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -77,6 +77,22 @@ class Call:
     clip: float | None
     decay: Tensor
     """[H] float32."""
+    processors: int
+    """Of the GPU."""
+
+
+class Step(NamedTuple):
+    """Chunks begin … end - 1 of a plan, and the shares that their tokens are split into."""
+
+    begin: int
+    end: int
+    splits: int
+    share: int
+    """Tokens of a share."""
+
+    @property
+    def active(self) -> int:
+        return self.end - self.begin
 
 
 def mean_mu(mu: Tensor, eta: Tensor, plan: ScanPlan, call: Call) -> tuple[Tensor, Tensor]:
@@ -112,44 +128,50 @@ def write_chunks(
         -1,
     )
     scale[:count] = norms / (lengths + NORM_EPS)
-    steps = shares_buffer(plan, call, "steps_kernel", w)
-    for begin, end in pairwise(plan.steps):
-        active = end - begin
-        splits = steps_of(k, v, eta, states[0], scale, steps, plan, (begin, end), call)
-        factor = mu
+    walk = steps_in_shares(plan, call, "steps_kernel")
+    steps = shares_buffer(walk, w)
+    options, tile = sizes.options("steps_kernel"), tiles(sizes.width)
+    clips, factor = call.clip is not None, mu
+    for step in walk:
+        steps_of(k, v, eta, states[0], scale, steps, plan, step, call, options)
         if call.clip is not None:
-            factor = clip_factor(in_shares(steps, splits, active).sum(0), call.clip)
-        fwd.update_kernel[(active * sizes.heads, sizes.num_tiles)](
+            factor = clip_factor(in_shares(steps, step).sum(0), call.clip)
+        fwd.update_kernel[(step.active * sizes.heads, sizes.num_tiles)](
             states[0], states[1], scale, norms, mu, call.decay, factor, plan.chunks, steps,
-            begin, splits, *sizes.all, CLIP=call.clip is not None, **tiles(sizes.width),
+            step.begin, step.splits, *sizes.all, CLIP=clips, **tile,
         )  # fmt: skip
     return states[0], states[1], scale
 
 
 def steps_of(
     k: Tensor, v: Tensor, eta: Tensor, w: Tensor, scale: Tensor, steps: Tensor,
-    plan: ScanPlan, part: tuple[int, int], call: Call,
-) -> int:  # fmt: skip
-    """S of equation (10) for the chunks of one step, written to `steps` in the shares returned."""
-    sizes, active = call.sizes, part[1] - part[0]
-    splits, share = shares(active, call, "steps_kernel")
-    fwd.steps_kernel[(active * sizes.heads, sizes.hidden_blocks("steps_kernel"), splits)](
+    plan: ScanPlan, step: Step, call: Call, options: dict[str, Any],
+) -> None:  # fmt: skip
+    """S of equation (10) for the chunks of one step, written to `steps` in shares."""
+    sizes = call.sizes
+    hidden_blocks = triton.cdiv(sizes.hidden, options["BF"])
+    fwd.steps_kernel[(step.active * sizes.heads, hidden_blocks, step.splits)](
         k, v, eta, w, scale, plan.chunks, steps,
-        part[0], call.chunk_size, share, *sizes.all, **sizes.options("steps_kernel"),
+        step.begin, call.chunk_size, step.share, *sizes.all, **options,
     )  # fmt: skip
-    return splits
 
 
-def shares_buffer(plan: ScanPlan, call: Call, kernel: str, like: Tensor) -> Tensor:
+def steps_in_shares(plan: ScanPlan, call: Call, kernel: str) -> list[Step]:
+    """The steps of a plan, split so that each launch of `kernel` occupies the GPU."""
+    active = {end - begin for begin, end in pairwise(plan.steps)}
+    cuts = {number: shares(number, call, kernel) for number in active}
+    return [Step(begin, end, *cuts[end - begin]) for begin, end in pairwise(plan.steps)]
+
+
+def shares_buffer(walk: list[Step], like: Tensor) -> Tensor:
     """Room for the shares of any step, [most shares, H, 3, F, K]: each step overwrites the last."""
-    counts = {end - begin for begin, end in pairwise(plan.steps)}
-    most = max((shares(active, call, kernel)[0] * active for active in counts), default=0)
+    most = max((step.splits * step.active for step in walk), default=0)
     return like.new_empty(most, *like.shape[1:])
 
 
-def in_shares(buffer: Tensor, splits: int, active: int) -> Tensor:
+def in_shares(buffer: Tensor, step: Step) -> Tensor:
     """What a step left in the buffer, [splits, active, H, 3, F, K]."""
-    return buffer[: splits * active].unflatten(0, (splits, active))
+    return buffer[: step.splits * step.active].unflatten(0, (step.splits, step.active))
 
 
 def low_weights(
@@ -188,7 +210,4 @@ def shares(active: int, call: Call, kernel: str) -> tuple[int, int]:
 
 def spare(programs: int, call: Call) -> int:
     """How many times as many programs the GPU can run at once, at least 1."""
-    if INTERPRETED:
-        return 2  # so that tests meet shares
-    device = call.decay.device
-    return max(1, torch.cuda.get_device_properties(device).multi_processor_count // programs)
+    return 2 if INTERPRETED else max(1, call.processors // programs)  # 2: so that tests meet shares

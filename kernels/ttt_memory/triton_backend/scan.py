@@ -97,12 +97,20 @@ def memory_scan(
         chunk_size=chunk_size,
         clip=clip,
         decay=rate,
+        processors=_processors(device),
     )
     cutter = _Cutter(call, FastWeights(*(w.float() for w in weights)))
     flat = tuple(x.reshape(batch * num_tokens, *x.shape[2:]) for x in (q, k, v, eta, mu))
     with torch.autocast(device.type, enabled=False):
         out, after = cutter.scan(flat, state, starts, pending, return_state)
     return out.reshape(shape), after
+
+
+def _processors(device: torch.device) -> int:
+    """Streaming multiprocessors; 0 where Triton interprets."""
+    if launch.INTERPRETED:
+        return 0
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def _dtype(q: Tensor, k: Tensor, v: Tensor) -> torch.dtype:
