@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -134,13 +135,13 @@ class _Gradients:
         momentum = (m, self.mean, plan.chunks, self.w, self.m, self.steps, d_mean)
         options, tile, row = sizes.options(kernel), tiles(sizes.width), rows(sizes.width)
         hidden_blocks = sizes.hidden_blocks(kernel)
-        for step in reversed(walk):
+        for index, step in reversed(list(enumerate(walk))):
             programs = step.active * sizes.heads
             if clips:
                 bwd.momentum_gradient_kernel[(programs, parts)](
                     *momentum, step.begin, *sizes.all, WRITE=True, **row
                 )  # fmt: skip
-                self._through_clip(step)
+                self._through_clip(index, step)
             bwd.steps_weights_kernel[(programs, hidden_blocks, step.splits)](
                 self.k, self.v, self.eta, self.base, *momentum, base,
                 step.begin, call.chunk_size, step.share, *sizes.all, GIVEN=clips, **options,
@@ -151,7 +152,7 @@ class _Gradients:
             )  # fmt: skip
         return d_mean.sum(-1), d_norms.sum(0)
 
-    def _through_clip(self, step: Step) -> None:
+    def _through_clip(self, index: int, step: Step) -> None:
         """dS of the step before clipping: S' = S min(1, clip / |S|)."""
         clip = self.call.clip
         assert clip is not None
@@ -161,23 +162,25 @@ class _Gradients:
         clipped = self.states[1][after] - mu * self.states[1][before]
         squares = clipped.pow(2).sum((-2, -1), keepdim=True)
         # where the step was clipped its norm is the bound; how long it was, the step itself tells
-        raw = self._raw_norms(begin)
+        raw = self._raw_norms(index)
         factor = clip / raw.clamp(min=clip)
         grad = self.steps[begin:end]
         along = (grad * clipped).sum((-2, -1), keepdim=True) / squares.clamp(min=1e-37)
         cut = (raw > clip).to(grad.dtype)
         grad.copy_(factor * (grad - cut * along * clipped))
 
-    def _raw_norms(self, begin: int) -> Tensor:
+    @cached_property
+    def _walk(self) -> list[Step]:
+        """The steps as the forward pass goes through them."""
+        return steps_in_shares(self.plan, self.call, "steps_kernel")
+
+    def _raw_norms(self, index: int) -> Tensor:
         """|S|_F before clipping, [active, H, 3, 1, 1]: the steps are made again."""
         w, _, scale = self.states
-        kernel = "steps_kernel"
-        walk = steps_in_shares(self.plan, self.call, kernel)
-        (step,) = (step for step in walk if step.begin == begin)
-        steps = shares_buffer(walk, w)
+        step, steps = self._walk[index], shares_buffer(self._walk, w)
         steps_of(
             self.k, self.v, self.eta, w, scale, steps, self.plan, step, self.call,
-            self.sizes.options(kernel),
+            self.sizes.options("steps_kernel"),
         )  # fmt: skip
         whole = in_shares(steps, step).sum(0)
         return torch.linalg.vector_norm(whole, dim=(-2, -1), keepdim=True)
