@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.run import main as run
 from pipeline.submit import main
 from pipeline.submitting.record import read_record
 from tests.slurm.cluster import SlurmCluster, skip_without_slurm
@@ -55,30 +56,31 @@ def test_a_stage_that_fails_cancels_what_depends_on_it_and_a_second_call_submits
     cluster: SlurmCluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     words = [*TINY, f"run.dir={tmp_path}", "model=demo", "stages=[prepare,convert,export]"]
-    wrong = "convert.weights.nothing=1"
-    assert main([*words, wrong]) == 0
+    assert run([*words, "stage=prepare"]) == 0  # complete before anything is submitted
+    assert main([*words, "convert.weights.nothing=1"]) == 0
     table = capsys.readouterr().out
     assert "waits for convert" in table
-    first = {entry: job_of(tmp_path, entry) for entry in ("prepare", "convert")}
-    ended = cluster.wait(job_of(tmp_path, "export"))
+    assert "complete before, not submitted" in table
+    first = job_of(tmp_path, "convert")
+    ended = cluster.wait(job_of(tmp_path, "export"), timeout_s=240)
     assert ended["JobState"] == "CANCELLED"
-    assert cluster.job(first["convert"])["JobState"] == "FAILED"
+    assert cluster.job(first)["JobState"] == "FAILED"
 
     assert main(["status", f"run.dir={tmp_path}"]) == 1
     shown = capsys.readouterr().out
-    assert f"because convert (job {first['convert']}) is FAILED" in shown
-    assert f"convert: the end of {tmp_path}/logs/convert-{first['convert']}.out" in shown
+    assert f"because convert (job {first}) is FAILED" in shown
+    assert f"convert: the end of {tmp_path}/logs/convert-{first}.out" in shown
     assert "convert.weights.nothing=1.0" in shown  # the program's own words
     found = states(tmp_path, capsys)
-    assert [row["state"] for row in found.values()] == ["COMPLETED", "FAILED", "CANCELLED"]
+    assert [row["state"] for row in found.values()] == ["done", "FAILED", "CANCELLED"]
     assert [row["failed"] for row in found.values()] == [False, True, False]
 
     assert main(words) == 0
-    assert job_of(tmp_path, "prepare") == first["prepare"]
-    assert job_of(tmp_path, "convert") != first["convert"]
-    assert cluster.wait(job_of(tmp_path, "export"))["JobState"] == "COMPLETED"
-    capsys.readouterr()
-    assert {row["state"] for row in states(tmp_path, capsys).values()} == {"COMPLETED"}
+    assert job_of(tmp_path, "convert") != first
+    ended = cluster.wait(job_of(tmp_path, "export"), timeout_s=240)
+    assert ended["JobState"] == "COMPLETED"
+    found = states(tmp_path, capsys)
+    assert [row["state"] for row in found.values()] == ["done", "COMPLETED", "COMPLETED"]
     assert (tmp_path / "export" / "model.safetensors").is_file()
     assert main(words) == 0
     assert "nothing to submit: every stage is complete" in capsys.readouterr().out
