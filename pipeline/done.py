@@ -1,7 +1,7 @@
 """`DONE.json`: a stage is complete while its configuration and what it was made from are the same.
 
 A stage is made from the base model's files, from checkpoints of stages before it and, for
-`evaluate`, from the shards. Their SHA-256 stands in the mark. Where a file has changed since,
+`evaluate`, from the shards and local data of tasks. Their SHA-256 stands in the mark. Where a file has changed since,
 `evaluate` and `export` are done again; a training stage and `collect` are refused, because weights
 and responses are not thrown away without being asked. Files of the same size and date are not read
 again.
@@ -25,6 +25,7 @@ from pipeline.checkpoint import latest_checkpoint, model_files, refuse_other_con
 from pipeline.collecting.responses import has_responses, shards_of_responses
 from pipeline.config import resolve_path
 from pipeline.context import DONE_FILE, StageContext, is_finished
+from pipeline.evaluating.data_files import data_files
 from pipeline.evaluation import find_weights
 from pipeline.fingerprint import digest
 from pipeline.lineage import data_entry, lineage
@@ -158,6 +159,7 @@ def _files(config: RunConfig, context: StageContext) -> dict[str, Path]:
     files = {str(file.relative_to(run_dir)): file for file in weights}
     if context.name == "evaluate":
         files[f"prepare/{MANIFEST_NAME}"] = context.data_dir / MANIFEST_NAME
+        files.update(data_files(config.eval))
     if data_entry(context.entry) != "prepare":
         files[f"{context.data_dir.name}/{MANIFEST_NAME}"] = context.data_dir / MANIFEST_NAME
     if config.model.path is not None:
