@@ -1,10 +1,10 @@
 """`DONE.json`: a stage is complete while its configuration and what it was made from are the same.
 
 A stage is made from the base model's files, from checkpoints of stages before it and, for
-`evaluate`, from the shards and local data of tasks. Their SHA-256 stands in the mark. Where a file has changed since,
-`evaluate` and `export` are done again; a training stage and `collect` are refused, because weights
-and responses are not thrown away without being asked. Files of the same size and date are not read
-again.
+`evaluate`, from the shards and the local data of tasks. Their SHA-256 stands in the mark. Where a
+file has changed since, `evaluate` and `export` are done again; a training stage and `collect` are
+refused, because weights and responses are not thrown away without being asked. Files of the same
+size and date are not read again.
 
 `prepare` is complete only while its shards are there, made by the tokenizer of today; asked for by
 name (`stage=prepare`), every shard is read and compared, and a damaged one is written again.
