@@ -73,8 +73,9 @@ def fingerprint(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, weight in sorted(model.state_dict().items()):
         flat = weight.detach().reshape(-1)
-        places = torch.linspace(0, flat.numel() - 1, min(_SAMPLES, flat.numel()))
-        sample = flat[places.long().to(flat.device)].double().cpu()
+        count = min(_SAMPLES, flat.numel())
+        places = torch.arange(count) * (flat.numel() - 1) // max(count - 1, 1)  # whole numbers
+        sample = flat[places.to(flat.device)].double().cpu()
         digest.update(f"{name}{tuple(weight.shape)}{weight.dtype}".encode())
         digest.update(sample.numpy().tobytes())
     return digest.hexdigest()

@@ -68,6 +68,14 @@ def test_a_state_of_another_model_or_mixer_is_refused(model_of, draw, tmp_path):
         load_state(path, model_of("allmem").to(torch.bfloat16))
 
 
+def test_fingerprints_reach_the_last_element_of_large_weights():
+    module = torch.nn.Module()
+    module.register_buffer("weight", torch.zeros(2**25 + 3, dtype=torch.int8))
+    before = fingerprint(module)
+    module.weight[-1] = 1
+    assert fingerprint(module) != before
+
+
 def test_what_is_no_state_is_refused(model_of, draw, tmp_path):
     model, path = model_of("swa"), tmp_path / "a.state"
     with pytest.raises(ValueError, match="is not there"):
