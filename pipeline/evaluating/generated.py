@@ -14,6 +14,7 @@ from pipeline.context import StageContext
 from pipeline.distributed import on_main
 from pipeline.evaluating.short_tasks import (
     load_harness_tasks,
+    local_place,
     quiet,
     require_harness,
     run_short_task,
@@ -88,6 +89,8 @@ class TaskRuns:
                 f"eval.data_dir={self.settings.data_dir} is no folder; name the one that holds the "
                 "data of eval.short_tasks, or leave it out to take them from the hub"
             )
+        for name in self.settings.short_tasks:
+            local_place(name, path)
         return path
 
     def run(self, present: Sequence[Subject]) -> Generated:

@@ -92,19 +92,30 @@ def load_harness_tasks(
     return tasks
 
 
-def _local(name: str, short: ShortTask, data_dir: Path) -> dict[str, Any]:
-    """What of a task's configuration makes it read the folder."""
-    if repository := find_repository(data_dir, short.dataset):
-        return {"dataset_path": str(repository)}
-    file = find_file(data_dir, short.files)
-    if file is None:
+def local_place(name: str, data_dir: Path) -> Path:
+    """The copy of the hub's repository, or the single file, that has a short task's data.
+
+    Raises:
+        ValueError: `data_dir` has neither.
+    """
+    short = SHORT_TASKS[name]
+    place = find_repository(data_dir, short.dataset) or find_file(data_dir, short.files)
+    if place is None:
         looked = [short.dataset.rsplit("/", 1)[-1] + "/", *short.files]
         raise ValueError(
             f"eval.data_dir={data_dir} has no data of {name} (looked for {', '.join(looked)}); "
             f"put a copy of the hub's {short.dataset} there, or leave {name} out of "
             "eval.short_tasks"
         )
-    rows = read_rows(file, name)
+    return place
+
+
+def _local(name: str, short: ShortTask, data_dir: Path) -> dict[str, Any]:
+    """What of a task's configuration makes it read the folder."""
+    place = local_place(name, data_dir)
+    if place.is_dir():
+        return {"dataset_path": str(place)}
+    rows = read_rows(place, name)
 
     def custom_dataset(**_: Any) -> Mapping[str, Any]:
         from datasets import Dataset, DatasetDict
