@@ -27,6 +27,7 @@ from pipeline.preflight_checks import (
     all_reduce,
     gpu_identity,
     gpu_problems,
+    import_packages,
     recipe_problems,
     room_problems,
     versions,
@@ -47,6 +48,9 @@ REPORTS_S = 35.0
 """Seconds after the start within which every rank is to have reported."""
 LIMIT_S = 55.0
 """Seconds after which every rank leaves, wherever it is."""
+IMPORT_LIMIT_S = 300.0
+"""Seconds that importing packages may take before the clock of the others starts: from a network
+file system that was not used for a while it takes minutes, and is not a fault."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,15 +128,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Check everything; the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     place = Place.from_environment()
-    started = time.monotonic()
     try:
         config = compose(words)
     except ValueError as error:
         return _refused(place, str(error))
     meeting = Meeting(Path(config.run.dir), place)
-    with _limit(place, started) as doing:
+    token = secrets.token_hex(8)
+    if place.rank == 0:
+        try:
+            meeting.remove()
+            meeting.write("start.json", token)
+        except OSError as error:
+            return _say(f"{place.who(0)}: run.dir={config.run.dir} is not writable: {error}")
+    with _limit(place, IMPORT_LIMIT_S) as doing:
+        doing("importing its packages")
+        import_packages(place)
+    started = time.monotonic()
+    with _limit(place, LIMIT_S) as doing:
         if place.rank == 0:
-            return _lead(config, meeting, started, doing)
+            return _lead(config, meeting, token, started, doing)
         return _follow(config, meeting, started, doing)
 
 
@@ -149,8 +163,9 @@ Doing = Callable[[str], None]
 
 
 @contextlib.contextmanager
-def _limit(place: Place, started: float) -> Iterator[Doing]:
-    """End the process when `LIMIT_S` are over, whatever it waits for, and say what that was."""
+def _limit(place: Place, limit_s: float) -> Iterator[Doing]:
+    """End the process when the time is over, whatever it waits for, and say what that was."""
+    started = time.monotonic()
     state = {"at": "the start"}
 
     def end() -> None:
@@ -159,7 +174,7 @@ def _limit(place: Place, started: float) -> Iterator[Doing]:
         leave(EXIT_PREFLIGHT, f"{line}{seconds:.0f} s")
 
     # rank 0 a little earlier: the first task that fails ends the others, and rank 0 knows most
-    timer = threading.Timer(LIMIT_S + (0 if place.rank == 0 else 2), end)
+    timer = threading.Timer(limit_s + (0 if place.rank == 0 else 2), end)
     timer.daemon = True
     timer.start()
     try:
@@ -189,8 +204,8 @@ def _follow(config: RunConfig, meeting: Meeting, started: float, doing: Doing) -
     if token is None:
         return _say(
             f"{place.who(place.rank)}: run.dir={config.run.dir} is not shared: what "
-            f"{place.who(0)} wrote there {SHARED_S:.0f} s ago cannot be seen; put it on a file "
-            "system that all nodes mount (ALLMEM_RUNS)"
+            f"{place.who(0)} wrote there more than {SHARED_S:.0f} s ago cannot be seen; put it on "
+            "a file system that all nodes mount (ALLMEM_RUNS)"
         )
     doing("the checks of its own node")
     report = _own_report(config, place)
@@ -207,16 +222,9 @@ def _follow(config: RunConfig, meeting: Meeting, started: float, doing: Doing) -
     return 0
 
 
-def _lead(config: RunConfig, meeting: Meeting, started: float, doing: Doing) -> int:
+def _lead(config: RunConfig, meeting: Meeting, token: str, started: float, doing: Doing) -> int:
     """Rank 0: gathers what all found, and says it."""
     place = meeting.place
-    token = secrets.token_hex(8)
-    doing(f"writing to run.dir={config.run.dir}")
-    try:
-        meeting.remove()
-        meeting.write("start.json", token)
-    except OSError as error:
-        return _say(f"{place.who(0)}: run.dir={config.run.dir} is not writable: {error}")
     doing("the checks of its own node")
     reports = [_own_report(config, place)]
     problems = []

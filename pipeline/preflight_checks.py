@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import math
 import os
 import re
@@ -27,6 +28,15 @@ REDUCE_TIMEOUT_S = 25
 """Seconds that the ranks have to meet, and an all-reduce to come back."""
 _PACKAGES = ("torch", "megatron-core", "deepspeed", "transformers", "triton")
 _NUMBERS = 1 << 20
+
+
+def import_packages(place: Place) -> None:
+    """What the checks import, beforehand; what cannot be imported they tell."""
+    with contextlib.suppress(ImportError):
+        if place.rank == 0:
+            importlib.import_module("pipeline.planning.plan")
+        elif place.world_size > 1:
+            importlib.import_module("pipeline.distributed")
 
 
 def gpu_problems(config: RunConfig, place: Place) -> list[str]:
