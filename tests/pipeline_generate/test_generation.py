@@ -4,6 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from pipeline.generation import Generator
 from pipeline.generation_choice import choose
@@ -59,6 +61,31 @@ def test_the_size_of_prefill_pieces_changes_nothing(mode, model_of, draw):
         found = Generator(model, prefill_chunk=size).read(prompt)
         torch.testing.assert_close(found.hidden, expected.hidden, atol=1e-4, rtol=1e-5)
         assert found.num_tokens == 45
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the largest storage that any operation made, in elements."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.size = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self.size = max(self.size, tensor.untyped_storage().size() // 4)
+        return out
+
+
+@pytest.mark.parametrize("mode", ["swa", "mamba2", "allmem"])
+def test_reading_holds_no_more_for_a_longer_prompt(mode, model_of, draw):
+    generator, sizes = Generator(model_of(mode), prefill_chunk=32), []
+    for length in (160, 640):
+        with LargestTensor() as largest:
+            generator.read(draw(length))
+        sizes.append(largest.size)
+    assert sizes[0] == sizes[1] < 640 * 32
 
 
 def test_sampled_rows_do_not_depend_on_the_batch_they_are_in(model_of, draw):
