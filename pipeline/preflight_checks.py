@@ -24,7 +24,7 @@ RUN_DIR_GB = 1.0
 """Room in run.dir beside what is counted: metrics, reports, MLflow."""
 FREE_SHARE = 0.9
 """Share of a GPU's memory that must be free; less means that another process is on it."""
-REDUCE_TIMEOUT_S = 25
+REDUCE_TIMEOUT_S = 15
 """Seconds that the ranks have to meet, and an all-reduce to come back."""
 _PACKAGES = ("torch", "megatron-core", "deepspeed", "transformers", "triton")
 _NUMBERS = 1 << 20

@@ -107,9 +107,9 @@ def test_a_node_that_cannot_reach_rank_0_is_named_within_a_minute(tmp_path: Path
     words = ["recipe=tiny", f"run.dir={tmp_path}/run", "parallel.device=cpu"]
     started = time.monotonic()
     codes, outputs = outcome([start(rank, words, a_port()) for rank in (0, 1)])
-    assert time.monotonic() - started < 70
+    assert time.monotonic() - started < 90  # a minute, and the imports before it
     assert set(codes) == {EXIT_PREFLIGHT}
-    assert "node2 (rank 1): no all-reduce with the other ranks" in outputs[1]
+    assert "node2 (rank 1): no all-reduce with the other ranks" in outputs[1], outputs
 
 
 def test_a_job_whose_second_node_is_not_fit_fails_and_names_it(
