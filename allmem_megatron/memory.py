@@ -215,6 +215,8 @@ class MemoryBranch(BranchBase):
         self.fast_down = self.parameter(heads, width, hidden)
         self.mean_eta: Tensor | None = None
         self.mean_mu: Tensor | None = None
+        self.wants_spread = False
+        self.spread: dict[str, Tensor] = {}
 
     def forward(
         self,
@@ -257,6 +259,8 @@ class MemoryBranch(BranchBase):
         eta = eta_from(eta_logits.float().unflatten(-1, (self.num_heads, 3)))
         mu = mu_from(mu_logits.float())
         self.mean_eta, self.mean_mu = eta.detach().float().mean(), mu.detach().float().mean()
+        if self.wants_spread:
+            self.spread = {"eta": spread_of(eta), "mu": spread_of(mu)}
         weights = FastWeights(self.fast_gate, self.fast_up, self.fast_down)
         chunk_size = settings.chunk_size
         if settings.write_off:
@@ -326,3 +330,9 @@ def roll_queries(q: Tensor, cu_seqlens: Tensor | None) -> Tensor:
             " least 2 unpacked rows of equal length; raise the batch size and drop cu_seqlens"
         )
     return q.roll(1, dims=0)
+
+
+def spread_of(values: Tensor) -> Tensor:
+    """[3] least, largest and standard deviation over all elements, in float32."""
+    values = values.detach().float()
+    return torch.stack((*torch.aminmax(values), values.std(correction=0)))

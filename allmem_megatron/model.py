@@ -32,6 +32,7 @@ from allmem_megatron.initialise import initialise
 from allmem_megatron.inputs import MixerInputs
 from allmem_megatron.layer_specs import block_spec, transformer_config
 from allmem_megatron.mamba2 import Mamba2Branch
+from allmem_megatron.memory import MemoryBranch
 from allmem_megatron.parallel import ensure_model_parallel
 from allmem_megatron.rotary import cos_sin, inverse_frequencies, positions_within_documents
 from allmem_megatron.sharding import part_of, tag_tensor_parallel
@@ -244,26 +245,46 @@ class AllMemGPTModel(GPTModel):
         """Every layer's ||missing - branch||^2 / ||missing||^2; see `align_squares`."""
         return list(relative_errors(*self.align_squares().unbind(1)).unbind())
 
-    def memory_statistics(self) -> dict[str, float]:
-        """Mean |alpha| over channels per layer; mean eta and mu of the last forward pass.
+    @contextlib.contextmanager
+    def noting_spread(self, wanted: bool = True) -> Iterator[None]:
+        """While it is open, and `wanted`, passes note how far eta and mu spread, too."""
+        branches = [m.memory for m in self.mixers() if isinstance(m.memory, MemoryBranch)]
+        for branch in branches:
+            branch.wants_spread = wanted
+        try:
+            yield
+        finally:
+            for branch in branches:
+                branch.wants_spread = False
 
-        Keys: "alpha_abs/layer_00", …, "alpha_abs/mean", and "eta/mean", "mu/mean" ("dt/mean" for
-        mamba2) once a pass has used the branch. Numbers are this rank's heads'. Under ZeRO-3 all
-        ranks make this call.
+    def memory_statistics(self) -> dict[str, float]:
+        """Mean |alpha| over channels per layer; eta and mu of the last forward pass.
+
+        Keys: "alpha_abs/layer_00", …, "alpha_abs/mean", and once a pass has used the branch
+        "eta/layer_00", …, "eta/mean", and the same of "mu" ("dt" for mamba2). After a pass under
+        `noting_spread` also "eta/min", "eta/max" and "eta/std" (the mean over layers of the
+        standard deviation over tokens and heads). Numbers are this rank's heads' and come from the
+        device in one copy. Under ZeRO-3 all ranks make this call.
         """
         branches = [mixer.memory for mixer in self.mixers() if mixer.memory is not None]
         if not branches:
             return {}
-        alphas = [float(part_of(branch.alpha).float().abs().mean()) for branch in branches]
-        statistics = {f"alpha_abs/layer_{i:02d}": alpha for i, alpha in enumerate(alphas)}
-        statistics["alpha_abs/mean"] = sum(alphas) / len(alphas)
-        for branch in branches:
-            names = ("dt",) if isinstance(branch, Mamba2Branch) else ("eta", "mu")
-            for name in names:
-                mean = getattr(branch, f"mean_{name}")
-                if mean is not None:
-                    share = float(mean) / len(branches)
-                    statistics[f"{name}/mean"] = statistics.get(f"{name}/mean", 0.0) + share
+        columns = {"alpha_abs": [part_of(b.alpha).detach().float().abs().mean() for b in branches]}
+        for name in ("dt",) if isinstance(branches[0], Mamba2Branch) else ("eta", "mu"):
+            means = [getattr(branch, f"mean_{name}") for branch in branches]
+            if all(mean is not None for mean in means):
+                columns[name] = means
+        statistics = {}
+        for name, row in zip(
+            columns, torch.stack([torch.stack(c) for c in columns.values()]).tolist(), strict=True
+        ):
+            statistics |= {f"{name}/layer_{i:02d}": value for i, value in enumerate(row)}
+            statistics[f"{name}/mean"] = sum(row) / len(row)
+        spreads = [b.spread for b in branches if isinstance(b, MemoryBranch) and b.spread]
+        for name in ("eta", "mu") if spreads else ():
+            low, high, std = zip(*torch.stack([s[name] for s in spreads]).tolist(), strict=True)
+            statistics[f"{name}/min"], statistics[f"{name}/max"] = min(low), max(high)
+            statistics[f"{name}/std"] = sum(std) / len(std)
         return statistics
 
 

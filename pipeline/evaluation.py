@@ -192,7 +192,7 @@ def memory_metrics(statistics: Mapping[str, float]) -> dict[str, dict[str, float
         "memory": {
             name.replace("/", "_"): value
             for name, value in statistics.items()
-            if not name.startswith(prefix)
+            if "/layer_" not in name
         },
     }
 

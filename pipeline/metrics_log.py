@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Iterator, Mapping
 from io import FileIO
 from pathlib import Path
@@ -50,6 +51,7 @@ class MetricsLog:
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Append one line, and hand it to the operating system at once.
 
+        `time` (seconds since 1970) tells dashboards when it was, however late they hear of it.
         Numbers that are not finite, which JSON does not know, become null.
 
         Raises:
@@ -58,7 +60,8 @@ class MetricsLog:
         if not self._enabled:
             return
         known = {key: None if _is_unknown(value) else value for key, value in values.items()}
-        line = (json.dumps({"step": step, **known}, allow_nan=False) + "\n").encode()
+        stamped = {"step": step, "time": round(time.time(), 3), **known}
+        line = (json.dumps(stamped, allow_nan=False) + "\n").encode()
         try:
             if self._file is None:
                 self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -245,12 +245,23 @@ def test_settings_end_with_their_block_and_need_their_branch(hf_model, ours):
 def test_statistics_tell_alpha_eta_and_mu(hf_model, ours, set_alpha):
     model = ours(hf_model("qwen3"), branch="allmem")
     set_alpha(model, 0.3)
-    run(model, torch.randint(0, 96, (1, 9)), settings())
+    tokens = torch.randint(0, 96, (1, 9))
+    run(model, tokens, settings())
     statistics = model.memory_statistics()
+    assert "eta/std" not in statistics
     alphas = [m.memory.alpha.abs().mean().item() for m in model.mixers()]
     assert [statistics[f"alpha_abs/layer_{i:02d}"] for i in range(2)] == pytest.approx(alphas)
     assert statistics["eta/mean"] == pytest.approx(0.1, rel=0.2)
     assert statistics["mu/mean"] == pytest.approx(0.5, rel=0.2)
+    layers = [statistics[f"eta/layer_{i:02d}"] for i in range(2)]
+    assert sum(layers) / 2 == pytest.approx(statistics["eta/mean"])
+
+    with model.noting_spread():
+        run(model, tokens, settings())
+    for name in ("eta", "mu"):
+        found = model.memory_statistics()
+        assert found[f"{name}/min"] < found[f"{name}/mean"] < found[f"{name}/max"]
+        assert 0 < found[f"{name}/std"] < found[f"{name}/max"] - found[f"{name}/min"]
 
 
 def test_bounds_of_packed_documents_are_checked(hf_model, ours):
