@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -19,60 +18,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data_prep import loader_order
-from data_prep.loader import Batch, ShardLoader, collate
+from data_prep.loader import ShardLoader, collate
 from data_prep.sample import Sample
 from data_prep.shards import MEMBERS, Manifest, ShardRecord, index_shard, write_shard
-
-LENGTH = 6
-SIZES = {"code": (5, 5, 3), "recall": (4, 4), "talk": (2,)}
-KINDS = {"code": "text", "recall": "recall", "talk": "chat"}
-TOTAL = sum(map(sum, SIZES.values()))
-
-
-def make_sample(number: int, source: str, borders: tuple[int, ...] = (0, LENGTH)) -> Sample:
-    return Sample(
-        tokens=np.full(LENGTH, number, dtype=np.int32),
-        loss_mask=np.asarray([0] + [1] * (LENGTH - 1), dtype=np.uint8),
-        cu_seqlens=np.asarray(borders, dtype=np.int32),
-        meta={"kind": KINDS[source], "source": source, "ids": [str(number)]},
-    )
-
-
-def write_data(folder: Path) -> Path:
-    (folder / "train").mkdir(parents=True)
-    records: list[ShardRecord] = []
-    number = 0
-    for source, sizes in SIZES.items():
-        for size in sizes:
-            path = folder / "train" / f"shard-{len(records):05d}.tar"
-            samples = [make_sample(number + i, source) for i in range(size)]
-            records.append(
-                write_shard(path, samples, first_key=number, source=source, kind=KINDS[source])
-            )
-            number += size
-    Manifest(
-        tokenizer_hash="t",
-        vocab_size=100,
-        seq_length=LENGTH,
-        config_hash="c",
-        config={},
-        splits={"train": tuple(records), "eval": ()},
-        reports={},
-    ).save(folder)
-    return folder
+from tests.data_prep.loader_data import LENGTH, TOTAL, make_sample, numbers, take, write_data
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_data(tmp_path_factory.mktemp("data"))
-
-
-def numbers(batches: Iterator[Batch]) -> list[int]:
-    return [int(row[0]) for batch in batches for row in batch.tokens]
-
-
-def take(loader: ShardLoader, steps: int) -> list[list[int]]:
-    return [numbers(iter([next(loader)])) for _ in range(steps)]
 
 
 def test_an_epoch_holds_every_sample_once(data: Path) -> None:
@@ -364,87 +318,3 @@ def test_state_of_other_data_is_refused(data: Path) -> None:
         loader.load_state_dict(ShardLoader(data, batch_size=2, kinds=["text"]).state_dict())
     with pytest.raises(ValueError, match="seed=1"):
         loader.load_state_dict(ShardLoader(data, batch_size=2, seed=1).state_dict())
-
-
-def drain(folder: Path) -> None:
-    numbers(ShardLoader(folder, batch_size=4, epochs=1))
-
-
-def test_missing_and_corrupt_shards_are_clear_errors(tmp_path: Path) -> None:
-    folder = write_data(tmp_path / "data")
-    shard = folder / "train" / "shard-00001.tar"
-    whole = shard.read_bytes()
-    shard.write_bytes(whole[:-512])
-    with pytest.raises(ValueError, match=r"shard-00001.tar has \d+ bytes, the manifest says"):
-        drain(folder)
-    flipped = bytearray(whole)
-    flipped[700] ^= 1
-    shard.write_bytes(bytes(flipped))
-    with pytest.raises(ValueError, match=r"shard-00001.tar does not match the manifest's sha256"):
-        drain(folder)
-    shard.unlink()
-    with pytest.raises(ValueError, match=r"shard-00001.tar is missing; run stage=prepare again"):
-        drain(folder)
-    shard.write_bytes(whole)
-    drain(folder)
-    (folder / "manifest.json").unlink()
-    with pytest.raises(ValueError, match="run stage=prepare first"):
-        drain(folder)
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"batch_size": 0}, "batch_size=0"),
-        ({"dp_rank": 2, "dp_size": 2}, "dp_rank=2"),
-        ({"split": "eval"}, "no eval samples"),
-        ({"kinds": ["poem"]}, "no train samples of kinds"),
-        (
-            {"weights": {"poem": 1.0}},
-            r"^weights\.poem=1\.0 .* none of chat, code, recall, talk, text",
-        ),
-        (
-            {"weights": {"poem": 1.0}, "weights_key": "sft.weights"},
-            r"^sft\.weights\.poem=.*; name one",
-        ),
-        ({"weights": {"code": 0.0}}, r"^weights\.code=0\.0 must be above 0"),
-        ({"weights": {"code": 1.0}, "epochs": 1}, "give one of them"),
-    ],
-)
-def test_wrong_arguments_are_refused(data: Path, fields: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        ShardLoader(data, **{"batch_size": 1, **fields})
-
-
-def test_many_shards_keep_few_files_open(tmp_path: Path) -> None:
-    (tmp_path / "train").mkdir()
-    records = [
-        write_shard(
-            tmp_path / "train" / f"shard-{i:05d}.tar",
-            [make_sample(2 * i, "code"), make_sample(2 * i + 1, "code")],
-            first_key=2 * i,
-            source="code",
-            kind="text",
-        )
-        for i in range(100)
-    ]
-    Manifest(
-        tokenizer_hash="t",
-        vocab_size=300,
-        seq_length=LENGTH,
-        config_hash="c",
-        config={},
-        splits={"train": tuple(records)},
-        reports={},
-    ).save(tmp_path)
-    loader = ShardLoader(tmp_path, batch_size=8, epochs=1)
-    assert sorted(numbers(loader)) == list(range(200))
-    held = [p for p in os.listdir("/proc/self/fd") if str(tmp_path) in _target(p)]
-    assert len(held) <= 64
-
-
-def _target(descriptor: str) -> str:
-    try:
-        return os.readlink(f"/proc/self/fd/{descriptor}")
-    except OSError:
-        return ""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import lzma
 import os
 import random
 import signal
@@ -17,74 +16,20 @@ from typing import Any
 
 import pytest
 
-from data_prep.config import PrepareConfig, RecallConfig, SourceConfig
-from data_prep.documents import read_documents
+from data_prep.config import PrepareConfig
 from data_prep.engine import encode
 from data_prep.engine.workers import Fellows, WorkerFailedError
 from data_prep.prepare import WorkersMissingError, prepare_shards
 from data_prep.settings import DedupConfig
 from data_prep.shards import Manifest, read_shard
+from tests.data_prep.workers_data import LIMITED, files_of, make_config, write_corpus
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Texts of many lengths as JSONL, some twice, some chats, one broken line."""
-    folder = tmp_path_factory.mktemp("corpus")
-    texts = [d.text for d in read_documents(SourceConfig(kind="text", path=os.__file__))]
-    source, rng = texts[0], random.Random(0)
-    lines = []
-    for i in range(150):
-        start = rng.randrange(len(source) - 4000)
-        lines.append({"id": f"d{i}", "text": source[start : start + rng.randrange(1, 4000)]})
-    lines += [{**line, "id": f"copy of {line['id']}"} for line in lines[10:20]]
-    data = [json.dumps(line) for line in lines]
-    more = [json.dumps({"text": f"{i} " + source[i * 900 : i * 1000]}) for i in range(1, 31)]
-    data[33] = '{"text": 7}'
-    (folder / "texts.jsonl").write_text("\n".join(data) + "\n", "utf-8")
-    with lzma.open(folder / "packed.jsonl.xz", "wt", encoding="utf-8") as stream:
-        stream.write("\n".join([*data[:60], *more]) + "\n")
-    chats = [
-        {"messages": [turn("user", t[:50]), turn("assistant", t[50:])]}
-        for t in (line["text"][:400] for line in lines[:60])
-    ]
-    (folder / "chats.jsonl").write_text("\n".join(map(json.dumps, chats)) + "\n", "utf-8")
-    return folder
-
-
-def turn(role: str, content: str) -> dict[str, str]:
-    return {"role": role, "content": content}
-
-
-def make_config(corpus: Path, **changes: Any) -> PrepareConfig:
-    recall = RecallConfig(min_distance=60, num_facts=(2, 3), num_queries=(1, 2))
-    fields: dict[str, Any] = {
-        "seq_length": 256,
-        "sources": [
-            SourceConfig(kind="jsonl", path=str(corpus / "texts.jsonl"), unit_bytes=16384),
-            SourceConfig(kind="chat_jsonl", name="chats", path=str(corpus / "chats.jsonl")),
-            SourceConfig(kind="jsonl", name="packed", path=str(corpus / "packed.jsonl.xz")),
-        ],
-        "eval_fraction": 0.1,
-        "samples_per_shard": 16,
-        "max_bad_fraction": 0.1,
-        **changes,
-    }
-    if fields.get("train_samples") is not None:
-        fields["sources"].append(
-            SourceConfig(kind="recall", recall=recall, packages=("email",), eval_packages=("json",))
-        )
-    return PrepareConfig(**fields)
-
-
-LIMITED: dict[str, Any] = {"train_samples": 40, "eval_samples": 12}
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {
-        str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
-    }
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture(scope="module", params=["all text", "limited", "near duplicates"])
@@ -176,7 +121,7 @@ RUN = """
 import sys, dataclasses
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
-from test_workers import make_config, LIMITED
+from workers_data import make_config, LIMITED
 from data_prep.prepare import prepare_shards
 from data_prep.tokenizer import load_tokenizer
 corpus, out, tokenizer, rank, workers, processes = sys.argv[2:]
@@ -378,7 +323,7 @@ FULL = """
 import resource, signal, sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
-from test_workers import make_config
+from workers_data import make_config
 from data_prep.prepare import prepare_shards
 from data_prep.tokenizer import load_tokenizer
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
