@@ -5,9 +5,6 @@ Types are such that OmegaConf's structured configurations take them.
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -18,6 +15,8 @@ from data_prep.settings import (
     DedupConfig,
     FilterConfig,
     check_choice,
+    config_hash,
+    to_dict,
 )
 from data_prep.words import RECALL_KEYS
 
@@ -393,14 +392,3 @@ class PrepareConfig:
         """What decides the shards' bytes, as plain JSON types: all but `RUNTIME_FIELDS`."""
         plain = to_dict(self)
         return {name: value for name, value in plain.items() if name not in RUNTIME_FIELDS}
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """A dataclass as plain JSON types."""
-    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
-    return plain
-
-
-def config_hash(plain: dict[str, Any]) -> str:
-    """SHA-256 (hex) of a JSON value, independent of the order of keys."""
-    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()

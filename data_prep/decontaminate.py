@@ -15,11 +15,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.config import config_hash, to_dict
 from data_prep.evalsets import read_items
 from data_prep.ngrams import Words, find_words, ngram_hashes
 from data_prep.readers.base import Document, Drop
-from data_prep.settings import DecontaminateConfig
+from data_prep.settings import DecontaminateConfig, config_hash, to_dict
 
 CONTAMINATED = "in an evaluation set"
 _MAP_FACTOR = 16

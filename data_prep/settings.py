@@ -5,7 +5,11 @@ All are off unless asked for, so that a configuration without them gives the tex
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
 from dataclasses import dataclass, field
+from typing import Any
 
 LOSSES = ("auto", "all", "response", "beyond")
 TOO_LONG = ("drop", "keep_head", "truncate_document")
@@ -193,3 +197,14 @@ def check_share(name: str, value: float) -> None:
     """Raises ValueError for a share outside [0, 1]."""
     if not 0.0 <= value <= 1.0:
         raise ValueError(f"{name}={value} must lie in [0, 1]")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A dataclass as plain JSON types."""
+    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
+    return plain
+
+
+def config_hash(plain: dict[str, Any]) -> str:
+    """SHA-256 (hex) of a JSON value, independent of the order of keys."""
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.atomic import write_atomic
-from data_prep.config import PrepareConfig, SourceConfig, config_hash, to_dict
+from data_prep.config import PrepareConfig, SourceConfig
 from data_prep.demo_chat import DemoChatGenerator
 from data_prep.engine.parts import PartReader, PartRecord
 from data_prep.engine.plan import PlanReader, StreamPlan
@@ -27,6 +27,7 @@ from data_prep.readers import Document, UnitReport, list_units, read_unit
 from data_prep.recall import RecallGenerator
 from data_prep.repeats import RepeatGenerator
 from data_prep.sample import Sample
+from data_prep.settings import config_hash, to_dict
 from data_prep.tokenize import TokenizerLike
 
 SPLITS = ("train", "eval")
