@@ -250,7 +250,7 @@ class AllMemGPTModel(GPTModel):
         """While it is open, and `wanted`, passes note how far eta and mu spread, too."""
         branches = [m.memory for m in self.mixers() if isinstance(m.memory, MemoryBranch)]
         for branch in branches:
-            branch.wants_spread = wanted
+            branch.wants_spread, branch.spread = wanted, {}
         try:
             yield
         finally:
@@ -274,7 +274,7 @@ class AllMemGPTModel(GPTModel):
             means = [getattr(branch, f"mean_{name}") for branch in branches]
             if all(mean is not None for mean in means):
                 columns[name] = means
-        statistics = {}
+        statistics: dict[str, float] = {}
         for name, row in zip(
             columns, torch.stack([torch.stack(c) for c in columns.values()]).tolist(), strict=True
         ):

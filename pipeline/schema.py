@@ -290,16 +290,27 @@ class TrackingSettings:
     flush_s: float = 20.0
     """Seconds that the end of a stage waits for the last metrics to be shipped."""
 
+    system_every_s: float = 10.0
+    """Seconds between two samples of the machine's load and memory; 0: none."""
+
+    model_name: str | None = None
+    """Name of the exported model in MLflow's registry; default: `allmem-RECIPE`."""
+
+    upload_gb: float = 2.0
+    """Size up to which exported weights are uploaded; larger ones are registered by their place."""
+
     def __post_init__(self) -> None:
         """Check the times.
 
         Raises:
             ValueError: a time is not positive.
         """
-        if self.interval_s <= 0 or self.timeout_s < 1 or self.flush_s < 0:
+        negative = min(self.flush_s, self.system_every_s, self.upload_gb) < 0
+        if self.interval_s <= 0 or self.timeout_s < 1 or negative:
             raise ValueError(
-                f"tracking.interval_s={self.interval_s}, timeout_s={self.timeout_s} and "
-                f"flush_s={self.flush_s} must be positive; leave them out for the defaults"
+                f"tracking.interval_s={self.interval_s}, timeout_s={self.timeout_s}, "
+                f"flush_s={self.flush_s}, system_every_s={self.system_every_s} and "
+                f"upload_gb={self.upload_gb} must be positive; leave them out for the defaults"
             )
 
 

@@ -1,10 +1,12 @@
-"""The only place that imports MLflow: ships what `metrics.jsonl` holds, and never stops a run.
+"""The only place that imports MLflow: ships what a run's folder holds, and never stops a run.
 
 A thread on rank 0 reads the stage's `metrics.jsonl` and sends its lines in batches. The file is the
 queue: what a dead server did not take is sent later, by this process or by the next one. How far
-the server is, is asked of the server (metric `logged_step`), so that no step is logged twice, even
-after a kill between a shipment and its receipt. One parent run a run.dir, one child run a stage;
-the headline metrics also stand in the parent, because children are folded away in charts.
+the server is, is asked of the server (metric `progress/logged_step`), and every point has the time
+of its line, so that one that is sent twice, because a hung server took it after all, is one.
+
+One parent run a run.dir, one child run a stage, one run under `evaluate` for each mixer. The
+headline metrics also stand in the parent, because children are folded away in charts.
 
 Files that stages give (`artifacts.json`) go the same way, after the metrics. What the server has of
 them is noted in `tracking.json` by size and date, and what it lacks is sent again.
@@ -18,34 +20,31 @@ import json
 import logging
 import math
 import os
-import re
-import threading
-import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from data_prep.shards import MANIFEST_NAME
 from pipeline.artifacts import Artifact, read_artifacts
-from pipeline.atomic import write_json
 from pipeline.config import flatten, to_plain
-from pipeline.context import StageContext, folder_name
+from pipeline.context import StageContext
 from pipeline.metrics_log import read_lines
-from pipeline.schema import RunConfig, TrackingSettings
+from pipeline.schema import RunConfig
 from pipeline.survival import StopRequested
-
-LOGGED_STEP = "logged_step"
-"""Metric that says up to which step a run is shipped."""
-
-HEADLINES = ("train/loss", "train/grad_norm", "train/lr", "tokens_per_s")
-"""Metrics of training that the parent run gets too, under the stage's name."""
-
-EVALUATION_HEADLINES = (
-    "/overall/loss_beyond_window",
-    "/recall/exact_match_outside_window",
+from pipeline.tracking_evaluation import Point
+from pipeline.tracking_names import (
+    LOGGED_SAMPLE,
+    LOGGED_STEP,
+    child_values,
+    metric_name,
+    parent_values,
 )
-"""Ends of the names of an evaluation's metrics, `MIXER/TASK/METRIC`, that the parent gets too."""
+from pipeline.tracking_notes import PARENT, Notes, Tracked, stamp_of
+from pipeline.tracking_registry import export_files, profile, register
+from pipeline.tracking_results import send_evaluation
+from pipeline.tracking_system import SYSTEM_FILE, SystemSampler
+from pipeline.tracking_thread import Shipper
 
 MANIFEST_TAG = "data.manifest_sha256"
 """Tag with the SHA-256 of the shards' manifest: runs with the same one saw the same data."""
@@ -53,21 +52,8 @@ MANIFEST_TAG = "data.manifest_sha256"
 ARTIFACTS_FOLDER = "mlartifacts"
 """Folder for artifacts, beside the sqlite file; a server has its own place."""
 
-_PARENT = "(recipe)"
 _BATCH = 1000
 _MAX_PARAM = 6000
-_LAST_TRIES = 3
-_warned: set[str] = set()  # servers that this process has told the user of
-
-
-def metric_name(name: str) -> str:
-    """A name that MLflow takes: letters, digits and `_-. :/`; `@` becomes `_`."""
-    return re.sub(r"[^\w\-. :/]", "_", name)
-
-
-def is_headline(name: str) -> bool:
-    """Whether the parent run gets a metric, too."""
-    return name in HEADLINES or name.endswith(EVALUATION_HEADLINES)
 
 
 @contextlib.contextmanager
@@ -79,11 +65,33 @@ def track(config: RunConfig, context: StageContext, *, resume_only: bool = False
         context: the stage.
         resume_only: only send what an earlier process could not.
     """
-    pending = not _Notes(context.run_dir).read(folder_name(context.entry)).get("complete")
-    if not (config.tracking.enabled and context.ranks.is_main) or (resume_only and not pending):
+    tracked = Tracked(
+        entry=context.entry,
+        run_dir=context.run_dir,
+        data_dir=context.data_dir,
+        params=flatten(to_plain(config)),
+        recipe=config.recipe,
+        commit=context.commit,
+        settings=config.tracking,
+        notes=Notes(context.run_dir / "tracking.json"),
+    )
+    wanted = config.tracking.enabled and context.ranks.is_main
+    if not wanted or (resume_only and tracked.is_complete):
         yield
         return
-    shipper = Shipper(config, context)
+    tracked.notes.add(tracked.label, complete=False)
+    sampler = None
+    if config.tracking.system_every_s and not resume_only:
+        tracked.dir.mkdir(parents=True, exist_ok=True)
+        sampler = SystemSampler(tracked.dir, interval_s=config.tracking.system_every_s)
+        sampler.start()
+    shipper = Shipper(
+        lambda: MlflowRecorder(tracked),
+        config.tracking,
+        uri=tracked.uri,
+        say=context.say,
+        place=str(context.run_dir),
+    )
     shipper.start()
     status = "FAILED"
     try:
@@ -93,263 +101,272 @@ def track(config: RunConfig, context: StageContext, *, resume_only: bool = False
         status = "KILLED"
         raise
     finally:
-        shipper.finish(status)
-
-
-class Shipper:
-    """A thread that reads `metrics.jsonl` and `artifacts.json` and writes to MLflow."""
-
-    def __init__(self, config: RunConfig, context: StageContext) -> None:
-        self._settings: TrackingSettings = config.tracking
-        self._context = context
-        self._params = flatten(to_plain(config))
-        self._recipe = config.recipe
-        self._uri = config.tracking.uri or f"sqlite:///{context.run_dir.resolve()}/mlflow.db"
-        self._label = folder_name(context.entry)
-        self._notes = _Notes(context.run_dir)
-        self._offset = 0
-        self._status: str | None = None
-        self._wake = threading.Event()
-        self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
-        self._client: Any = None
-        self._runs: dict[str, str] = {}
-        self._shipped: dict[str, int] = {}
-        self._answered = False
-        self._artifacts_failed = False
-
-    def start(self) -> None:
-        """Begin shipping."""
-        self._note_complete(False)
-        self._thread.start()
-
-    def finish(self, status: str) -> None:
-        """Send the rest and close the run, for at most `tracking.flush_s` seconds.
-
-        A server that has not answered while the stage ran is asked once more, not longer.
-        """
-        self._status = status
-        self._wake.set()
-        self._thread.join(self._settings.flush_s)
-        if self._thread.is_alive() or not self._is_complete():
-            self._context.say(
-                f"{self._context.entry}: MLflow at {self._uri} did not take everything; "
+        if sampler is not None:
+            sampler.stop()
+            if sampler.error is not None:
+                context.say(f"{context.entry}: no more system metrics: {sampler.error}")
+        if not shipper.finish(status):
+            context.say(
+                f"{context.entry}: MLflow at {tracked.uri} did not take everything; "
                 "the rest is sent when the same command is given again"
             )
 
-    def _is_complete(self) -> bool:
-        return bool(self._notes.read(self._label).get("complete"))
 
-    def _work(self) -> None:
-        deadline, tries = math.inf, 0
-        while True:
-            ending = self._status is not None
-            if ending:
-                deadline = min(deadline, time.monotonic() + self._settings.flush_s)
-            try:
-                if self._client is None:
-                    self._connect()
-                self._answered = True
-                self._ship()
-                self._ship_artifacts(ending)
-                if ending:
-                    self._close()
-                    return
-            except Exception as error:  # noqa: BLE001 - tracking must never stop a run
-                self._warn(error)
-                self._client = None  # the next try asks the server anew how far it is
-            tries += ending
-            enough = _LAST_TRIES if self._answered else 1
-            if time.monotonic() >= deadline or tries >= enough:
-                return
-            if ending:
-                time.sleep(min(1.0, self._settings.interval_s))
-            else:
-                self._wake.wait(self._settings.interval_s)
+def open_client(uri: str, timeout_s: int) -> Any:
+    """MLflow's client, which gives up soon instead of after minutes."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(timeout_s))
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "1")
+    from mlflow.tracking import MlflowClient
 
-    def _warn(self, error: Exception) -> None:
-        if self._uri not in _warned:
-            _warned.add(self._uri)
-            line = " ".join(str(error).split())
-            self._context.say(
-                f"MLflow at {self._uri} does not take what it is sent "
-                f"({line[:120]}{'…' if len(line) > 120 else ''}); it stays in "
-                f"{self._context.run_dir} and is sent later"
-            )
+    for name in ("alembic", "mlflow"):  # after the import, which sets them to INFO
+        logging.getLogger(name).setLevel(logging.ERROR)
+    return MlflowClient(tracking_uri=uri)
 
-    def _connect(self) -> None:
+
+class MlflowRecorder:
+    """The runs of one stage on a server, and how far they are."""
+
+    def __init__(self, tracked: Tracked) -> None:
         """Open or find the parent and the stage's run, and ask how far they are."""
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(self._settings.timeout_s))
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "1")
-        from mlflow.tracking import MlflowClient
+        self.tracked, self.notes = tracked, tracked.notes
+        self.client = open_client(tracked.uri, tracked.settings.timeout_s)
+        self._experiment_id = self._experiment()
+        resolved = tracked.run_dir.resolve()
+        name = tracked.settings.run_name or f"{tracked.recipe} {resolved.name}"
+        parent = self.open_run(PARENT, name, {})
+        tags = {"mlflow.parentRunId": parent, "stage": tracked.entry}
+        self.runs = {"parent": parent, "child": self.open_run(tracked.label, tracked.label, tags)}
+        self._shipped = {
+            "child": self._last("child", LOGGED_STEP),
+            "parent": self._last("parent", f"{tracked.label}/{LOGGED_STEP}"),
+            "system": self._last("child", LOGGED_SAMPLE),
+        }
+        self._offsets = {"metrics.jsonl": 0, SYSTEM_FILE: 0}
+        self._log_params()
+        self._log_inputs()
 
-        for name in ("alembic", "mlflow"):  # after the import, which sets them to INFO
-            logging.getLogger(name).setLevel(logging.ERROR)
-        client = MlflowClient(tracking_uri=self._uri)
-        experiment = client.get_experiment_by_name(self._settings.experiment)
-        experiment_id = (
-            experiment.experiment_id
-            if experiment is not None
-            else client.create_experiment(self._settings.experiment, self._artifact_location())
-        )
-        name = self._settings.run_name or f"{self._recipe} {self._context.run_dir.resolve().name}"
-        parent = self._open_run(client, experiment_id, _PARENT, name, {})
-        child_tags = {"mlflow.parentRunId": parent, "stage": self._context.entry}
-        child = self._open_run(client, experiment_id, self._label, self._label, child_tags)
-        self._runs = {"parent": parent, "child": child}
-        for kind, key in (("child", LOGGED_STEP), ("parent", f"{self._label}/{LOGGED_STEP}")):
-            history = client.get_metric_history(self._runs[kind], key)
-            self._shipped[kind] = max((point.step for point in history), default=-1)
-        self._offset = 0
-        self._log_params(client, child)
-        self._client = client
+    def _experiment(self) -> str:
+        name = self.tracked.settings.experiment
+        found = self.client.get_experiment_by_name(name)
+        if found is not None:
+            return str(found.experiment_id)
+        return str(self.client.create_experiment(name, self._artifact_location()))
 
     def _artifact_location(self) -> str | None:
         """Beside an sqlite file (MLflow would take the working directory), or the server's own."""
-        if not self._uri.startswith("sqlite:///"):
+        if not self.tracked.uri.startswith("sqlite:///"):
             return None
-        file = Path(self._uri.removeprefix("sqlite:///")).resolve()
+        file = Path(self.tracked.uri.removeprefix("sqlite:///")).resolve()
         return (file.parent / ARTIFACTS_FOLDER).as_uri()
 
-    def _open_run(
-        self, client: Any, experiment_id: str, place: str, name: str, tags: Mapping[str, str]
-    ) -> str:
+    def open_run(self, place: str, name: str, tags: Mapping[str, str]) -> str:
         """The run noted for `place`, or a new one whose key is noted before it is made."""
-        note = self._notes.read(place)
-        if note.get("uri") != self._uri:
-            note = {"uri": self._uri, "key": uuid.uuid4().hex}
-            self._notes.write(place, note)
+        note = self.notes.read(place)
+        if note.get("uri") != self.tracked.uri:
+            note = {"uri": self.tracked.uri, "key": uuid.uuid4().hex}
+            self.notes.write(place, note)
         if "run_id" not in note:
-            # A kill may have come between making the run and noting its id: look for the key.
-            found = client.search_runs([experiment_id], f"tags.`allmem.key` = '{note['key']}'")
+            # A kill may have come between making the run and noting its id, and a hung server
+            # may make it after all: look for the key.
+            found = self._with_key(note["key"])
             about = {
                 **tags,
                 "allmem.key": note["key"],
-                "mlflow.source.git.commit": self._context.commit.rstrip("+"),
-                "commit": self._context.commit,
-                "recipe": self._recipe,
+                "mlflow.source.git.commit": self.tracked.commit.rstrip("+"),
+                "commit": self.tracked.commit,
+                "recipe": self.tracked.recipe,
             }
-            run = found[0] if found else client.create_run(experiment_id, run_name=name, tags=about)
-            note["run_id"] = run.info.run_id
-            self._notes.write(place, note)
+            if found:
+                note["run_id"] = found[0]
+            else:
+                run = self.client.create_run(
+                    self._experiment_id, run_name=name, tags=about, start_time=self._begun()
+                )
+                note["run_id"] = run.info.run_id
+            self.notes.write(place, note)
         run_id = str(note["run_id"])
-        client.update_run(run_id, status="RUNNING")
+        self.client.update_run(run_id, status="RUNNING")
         return run_id
 
-    def _log_params(self, client: Any, run_id: str) -> None:
+    def _with_key(self, key: str) -> list[str]:
+        found = self.client.search_runs([self._experiment_id], f"tags.`allmem.key` = '{key}'")
+        return [run.info.run_id for run in found]
+
+    def _begun(self) -> int | None:
+        """When the stage's first line was written (ms); None for now."""
+        for _, line in read_lines(self.tracked.dir / "metrics.jsonl"):
+            return int(1000 * line["time"]) if "time" in line else None
+        return None
+
+    def _last(self, kind: str, key: str) -> int:
+        history = self.client.get_metric_history(self.runs[kind], key)
+        return max((point.step for point in history), default=-1)
+
+    def _log_params(self) -> None:
         """Parameters that the run does not have; MLflow refuses to change one."""
         from mlflow.entities import Param
 
-        present = client.get_run(run_id).data.params
+        present = self.client.get_run(self.runs["child"]).data.params
         new = [
             Param(metric_name(key), json.dumps(value)[:_MAX_PARAM])
-            for key, value in self._params.items()
+            for key, value in self.tracked.params.items()
             if metric_name(key) not in present
         ]
         for start in range(0, len(new), 100):
-            client.log_batch(run_id, params=new[start : start + 100])
+            self.client.log_batch(self.runs["child"], params=new[start : start + 100])
 
-    def _ship(self) -> None:
-        """Send all new lines: the child's metrics, and the headlines to the parent."""
-        lines = list(read_lines(self._context.metrics.path, self._offset))
-        if not lines:
+    def _log_inputs(self) -> None:
+        """Tell which shards the stage is made from, as a data set and as a tag."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        manifest = self.tracked.data_dir / MANIFEST_NAME
+        if not manifest.is_file():
             return
-        child, parent = [], []
-        for _, line in lines:
-            child.append((int(line["step"]), {LOGGED_STEP: line["step"], **line}))
-            headlines = {key: value for key, value in line.items() if is_headline(key)}
-            headlines[LOGGED_STEP] = line["step"]
-            named = {f"{self._label}/{key}": value for key, value in headlines.items()}
-            parent.append((int(line["step"]), named))
-        self._send("child", child)
-        self._send("parent", parent)
-        self._offset = lines[-1][0]
+        content = manifest.read_bytes()
+        digest = hashlib.sha256(content).hexdigest()
+        for run_id in self.runs.values():
+            self.client.set_tag(run_id, MANIFEST_TAG, digest)
+        if self.tracked.stage == "prepare":
+            return  # what it makes is no input of it
+        dataset = Dataset(
+            name=f"{self.tracked.recipe} shards ({self.tracked.data_dir.name})",
+            digest=digest[:36],
+            source_type="local",
+            source=json.dumps({"uri": str(self.tracked.data_dir.resolve())}),
+            profile=json.dumps(profile(json.loads(content))),
+        )
+        use = "evaluation" if self.tracked.stage == "evaluate" else "training"
+        given = DatasetInput(dataset, [InputTag("mlflow.data.context", use)])
+        self.client.log_inputs(self.runs["child"], datasets=[given])
 
-    def _send(self, kind: str, lines: list[tuple[int, dict[str, Any]]]) -> None:
+    def ship(self) -> None:
+        """Send all new lines: the child's metrics, the machine's, and headlines to the parent."""
+        label, of_evaluation = self.tracked.label, self.tracked.stage == "evaluate"
+        lines = self._new_lines("metrics.jsonl")
+        child = [(line, child_values(line, of_evaluation=of_evaluation)) for line in lines]
+        self._send("child", "child", child)
+        self._send("parent", "parent", [(line, parent_values(line, label)) for line in lines])
+        samples = self._new_lines(SYSTEM_FILE)
+        named = [(line, {LOGGED_SAMPLE: line["step"], **line}) for line in samples]
+        self._send("system", "child", named)
+        for name, found in (("metrics.jsonl", lines), (SYSTEM_FILE, samples)):
+            if found:
+                self._offsets[name] = found[-1]["offset"]
+
+    def _new_lines(self, name: str) -> list[dict[str, Any]]:
+        path = self.tracked.dir / name
+        found = read_lines(path, self._offsets[name])
+        return [{**line, "offset": offset} for offset, line in found]
+
+    def _send(
+        self, queue: str, kind: str, lines: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]
+    ) -> None:
+        """Send lines with their values that are past what the server has."""
         from mlflow.entities import Metric
 
-        now = int(time.time() * 1000)
         batch: list[Any] = []
-        last = self._shipped[kind]
-        for step, values in lines:
+        last = self._shipped[queue]
+        for line, values in lines:
+            step = int(line["step"])
             if step <= last:
                 continue
+            when = self._when(line)
             metrics = [
-                Metric(metric_name(key), float(value), now, step)
+                Metric(metric_name(key), float(value), when, step)
                 for key, value in values.items()
-                if key != "step" and isinstance(value, int | float) and math.isfinite(value)
+                if key not in ("step", "time", "offset")
+                and isinstance(value, int | float)
+                and math.isfinite(value)
             ]
             if len(batch) + len(metrics) > _BATCH:
-                self._client.log_batch(self._runs[kind], metrics=batch)
-                self._shipped[kind] = last
+                self.client.log_batch(self.runs[kind], metrics=batch)
+                self._shipped[queue] = last
                 batch = []
             batch.extend(metrics)
             last = step
         if batch:
-            self._client.log_batch(self._runs[kind], metrics=batch)
-            self._shipped[kind] = last
+            self.client.log_batch(self.runs[kind], metrics=batch)
+            self._shipped[queue] = last
 
-    def _ship_artifacts(self, ending: bool) -> None:
-        """Send files that the server lacks; after a failure not before the stage's end."""
-        if self._artifacts_failed and not ending:
-            return
-        self._artifacts_failed = True
-        for artifact in read_artifacts(self._context.run_dir, self._label):
-            self._send_artifact("child", artifact, artifact.folder)
+    def _when(self, line: Mapping[str, Any]) -> int:
+        """The line's time (ms), always the same; of old files without times that of the file."""
+        if "time" in line:
+            return int(1000 * line["time"])
+        return int(1000 * (self.tracked.dir / "metrics.jsonl").stat().st_mtime)
+
+    def ship_files(self) -> None:
+        """Send files that the server lacks."""
+        for artifact in read_artifacts(self.tracked.run_dir, self.tracked.label):
+            self._send_file("child", artifact, artifact.folder)
             if artifact.on_parent:
-                self._send_artifact("parent", artifact, f"{self._label}/{artifact.folder}")
-        self._artifacts_failed = False
+                self._send_file("parent", artifact, f"{self.tracked.label}/{artifact.folder}")
 
-    def _send_artifact(self, kind: str, artifact: Artifact, folder: str) -> None:
+    def _send_file(self, kind: str, artifact: Artifact, folder: str) -> None:
         folder = folder.rstrip("/")
         place = f"{kind}:{folder}/{artifact.path.name}"
         if not artifact.path.is_file():
             return  # taken away since
-        status = artifact.path.stat()
-        stamp = [status.st_size, status.st_mtime_ns]
-        note = self._notes.read(self._label)
-        sent = note.get("artifacts", {})
+        stamp = stamp_of(artifact.path)
+        sent = self.notes.read(self.tracked.label).get("artifacts", {})
         if sent.get(place) != stamp:
-            self._client.log_artifact(self._runs[kind], str(artifact.path), folder or None)
-            self._notes.write(self._label, {**note, "artifacts": {**sent, place: stamp}})
+            self.client.log_artifact(self.runs[kind], str(artifact.path), folder or None)
+            self.notes.add(self.tracked.label, artifacts={**sent, place: stamp})
 
-    def _tag_data(self) -> None:
-        """Tell which shards the stage has seen."""
-        manifest = self._context.data_dir / MANIFEST_NAME
-        if manifest.is_file():
-            digest = hashlib.sha256(manifest.read_bytes()).hexdigest()
-            for run_id in self._runs.values():
-                self._client.set_tag(run_id, MANIFEST_TAG, digest)
+    def close(self, status: str) -> None:
+        """Send what a finished stage has, and end the runs."""
+        self._log_inputs()
+        if status == "FINISHED" and self.tracked.stage == "evaluate":
+            send_evaluation(self)
+        if status == "FINISHED" and self.tracked.stage == "export":
+            self._register()
+        for run_id in self.runs.values():
+            self.client.set_terminated(run_id, status, self._ended())
+        for place in (PARENT, self.tracked.label):
+            note = self.notes.read(place)
+            for stray in set(self._with_key(note["key"])) - {note["run_id"]}:
+                self.client.delete_run(stray)  # made by a request that was thought lost
+        self.notes.add(self.tracked.label, complete=True)
 
-    def _close(self) -> None:
-        self._tag_data()
-        status = self._status or "FINISHED"
-        for run_id in self._runs.values():
-            self._client.set_terminated(run_id, status)
-        self._note_complete(True)
+    def _ended(self) -> int | None:
+        last = None
+        for _, line in read_lines(self.tracked.dir / "metrics.jsonl"):
+            last = line
+        return None if last is None or "time" not in last else int(1000 * last["time"])
 
-    def _note_complete(self, complete: bool) -> None:
-        """Note beside the run id whether the server has every line and file."""
-        self._notes.write(self._label, {**self._notes.read(self._label), "complete": complete})
+    def send_points(self, run_id: str, points: Sequence[Point], when: int) -> None:
+        """Log points to a run, all at one time (ms), so that sending them again adds none."""
+        from mlflow.entities import Metric
+
+        metrics = [
+            Metric(point.name, point.value, when, point.step)
+            for point in points
+            if math.isfinite(point.value)
+        ]
+        for start in range(0, len(metrics), _BATCH):
+            self.client.log_batch(run_id, metrics=metrics[start : start + _BATCH])
+
+    def _register(self) -> None:
+        """Make the exported folder a version of the recipe's model in the registry."""
+        settings = self.tracked.settings
+        files = export_files(self.tracked.dir, limit_gb=settings.upload_gb)
+        for path in files.uploaded:
+            folder = f"model/{path.parent.relative_to(self.tracked.dir)}".removesuffix("/.")
+            self._send_file("child", Artifact(path=path), folder)
+        register(
+            self.client,
+            self.runs["child"],
+            settings.model_name or f"allmem-{metric_name(self.tracked.recipe)}",
+            files,
+            tags={"recipe": self.tracked.recipe, "commit": self.tracked.commit},
+        )
 
 
-class _Notes:
-    """`tracking.json` in run.dir: server, run id and key of the parent and of each stage."""
-
-    def __init__(self, run_dir: Path) -> None:
-        self._path = run_dir / "tracking.json"
-
-    def read(self, place: str) -> dict[str, Any]:
-        """What is noted for a stage's label or for the parent."""
-        return dict(self._all().get(place, {}))
-
-    def write(self, place: str, note: Mapping[str, Any]) -> None:
-        """Note it, atomically."""
-        write_json(self._path, {**self._all(), place: dict(note)})
-
-    def _all(self) -> dict[str, Any]:
-        if not self._path.is_file():
-            return {}
-        notes: dict[str, Any] = json.loads(self._path.read_text(encoding="utf-8"))
-        return notes
+def send_all(tracked: Tracked, *, status: str, say: Callable[[str], None]) -> None:
+    """Ship a stage's folder at once; raises what the server raises."""
+    recorder = MlflowRecorder(tracked)
+    recorder.ship()
+    recorder.ship_files()
+    recorder.close(status)
+    say(f"{tracked.run_dir}: {tracked.entry} is in {tracked.uri}")

@@ -24,6 +24,7 @@ from pipeline.flops import step_flops
 from pipeline.held_out_loss import HeldOutLoss
 from pipeline.models import check_length, choose_dtype
 from pipeline.objectives import Objective
+from pipeline.peak import peak_flops
 from pipeline.retention import HELD_OUT, TRAINING, Retention
 from pipeline.saving import Saver
 from pipeline.schedule import phase_seed, step_seed, wsd_lr
@@ -101,6 +102,11 @@ class _Trainer:
         if settings.eval_every:
             mode = plan.mixer_of_step(0).mode
             self.held_out = HeldOutLoss(context, settings, config.mixer, mode)
+        self.peak = peak_flops(
+            context.device,
+            choose_dtype(config.parallel, context.device),
+            world_size=context.ranks.world_size,
+        )
         self.step = self.tokens = self.loss_tokens = 0
         self.record = StepRecord(context, config.run)
         self.put_off = False
@@ -177,7 +183,10 @@ class _Trainer:
             batch = next(self.loader)
             micro_batches = self._micro_batches(batch)
             mixer = self.plan.mixer_of_step(self.step)
-            with self.plan.objective.active(mixer):
+            last = self.step + 1 == steps
+            logged = (self.step + 1) % log_every == 0 or last
+            spread = logged and (lines % MEMORY_STATISTICS_EVERY == 0 or last)
+            with self.plan.objective.active(mixer), self.model.noting_spread(spread):
                 result = self.engine.train_step(micro_batches, lr=lr)
             num_tokens = sum(b.tokens.numel() for b in micro_batches) * self._replicas
             self.step += 1
@@ -196,7 +205,7 @@ class _Trainer:
                 self.saver.note_loss(result.loss, result.loss_tokens)
             flops += self._flops(mixer, num_tokens, result.loss_tokens)
             values: dict[str, Any] = {}
-            if self.step % log_every == 0 or self.step == steps or wrong:
+            if logged or wrong:
                 now = time.perf_counter()
                 values = {
                     "tokens": self.tokens,
@@ -206,6 +215,7 @@ class _Trainer:
                     "train/lr": lr,
                     "tokens_per_s": (self.tokens - last_tokens) / (now - last_time),
                     "flops_per_s": flops / (now - last_time),
+                    **self._mfu(flops / (now - last_time)),
                     **self.record.metrics(),
                     **result.metrics,
                 }
@@ -251,6 +261,10 @@ class _Trainer:
         found = self.held_out.measure(self.engine, self.plan.objective)
         self.saver.note_held_out(self.step, found[HELD_OUT])
         return found
+
+    def _mfu(self, flops_per_s: float) -> dict[str, float]:
+        """Share of the devices' peak that is used, where the peak is known."""
+        return {} if self.peak is None else {"mfu": flops_per_s / self.peak}
 
     def _flops(self, mixer: MixerSettings, num_tokens: int, loss_tokens: int) -> float:
         return step_flops(

@@ -1,0 +1,99 @@
+"""Names of metrics in MLflow: sections in the order in which a person looks for them.
+
+MLflow's charts stand in sections by what comes before a name's last `/`. `metrics.jsonl` keeps its
+own names; here they get the section in which they are shown.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+LOGGED_STEP = "progress/logged_step"
+"""Metric that says up to which step a run is shipped."""
+
+LOGGED_SAMPLE = "progress/logged_sample"
+"""The same for the machine's metrics, which are numbered by sample."""
+
+SECTIONS = {
+    "tokens_per_s": "throughput/tokens_per_s",
+    "flops_per_s": "throughput/flops_per_s",
+    "mfu": "throughput/mfu",
+    "tokens": "progress/tokens",
+    "loss_tokens": "progress/loss_tokens",
+    "skipped_steps": "progress/skipped_steps",
+    "loss_spikes": "progress/loss_spikes",
+}
+"""Where names of `metrics.jsonl` that have no section go."""
+
+HEADLINES = (
+    "train/loss",
+    "train/kl",
+    "train/grad_norm",
+    "train/lr",
+    "eval/loss",
+    "tokens_per_s",
+    "mfu",
+    "memory/alpha_abs/mean",
+    "memory/eta/mean",
+    "memory/mu/mean",
+)
+"""Metrics of training that the parent run gets too, under the stage's name."""
+
+EVALUATION_HEADLINES = (
+    "/overall/loss_beyond_window",
+    "/recall/exact_match_outside_window",
+    "/speed/prefill_tokens_per_s",
+)
+"""Ends of the names of an evaluation's metrics, `MIXER/TASK/METRIC`, that the parent gets too."""
+
+
+def metric_name(name: str) -> str:
+    """A name that MLflow takes: letters, digits and `_-. :/`; `@` becomes `_`."""
+    return re.sub(r"[^\w\-. :/]", "_", name)
+
+
+def is_headline(name: str) -> bool:
+    """Whether the parent run gets a metric, too."""
+    return name in HEADLINES or name.endswith(EVALUATION_HEADLINES)
+
+
+def shown_name(name: str) -> str:
+    """The name in MLflow of a metric of `metrics.jsonl`, with its section.
+
+    `MIXER/TASK/METRIC` of an evaluation's headline becomes `eval/TASK METRIC/MIXER`, so that the
+    mixers stand side by side.
+    """
+    if name.endswith(EVALUATION_HEADLINES):
+        subject, rest = name.split("/", 1)
+        task, metric = rest.rsplit("/", 1)
+        return metric_name(f"eval/{task} {metric}/{subject}")
+    if name.startswith("memory/"):
+        # memory/alpha_abs/mean → memory/alpha_abs mean; layers in a section of their own
+        _, kind, what = name.split("/", 2)
+        return metric_name(
+            f"memory by layer/{kind} {what}" if "layer_" in what else f"memory/{kind} {what}"
+        )
+    return metric_name(SECTIONS.get(name, name))
+
+
+def child_values(line: Mapping[str, Any], *, of_evaluation: bool) -> dict[str, Any]:
+    """A line of `metrics.jsonl` as the stage's own run gets it.
+
+    Of an evaluation's hundreds of numbers only the headlines: each mixer's run has its own.
+    """
+    values = {LOGGED_STEP: line["step"]}
+    for name, value in line.items():
+        if name not in ("step", "time") and (not of_evaluation or is_headline(name)):
+            values[shown_name(name)] = value
+    return values
+
+
+def parent_values(line: Mapping[str, Any], label: str) -> dict[str, Any]:
+    """The headlines of a line as the recipe's run gets them, under the stage's label."""
+    values = {f"{label}/{LOGGED_STEP}": line["step"]}
+    for name, value in line.items():
+        if is_headline(name):
+            values[f"{label}/{shown_name(name)}"] = value
+    return values
