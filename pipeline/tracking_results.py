@@ -12,8 +12,8 @@ from pipeline.tracking_evaluation import Point, describe, points_of, report_page
 from pipeline.tracking_notes import Notes, Tracked, stamp_of
 
 _TITLE = (
-    "**{recipe}: evaluation.** Each mixer has a run of its own under `{label}`; in the charts it is "
-    "a line of its own. All figures on one page: *Artifacts*, `report.html`."
+    "**{recipe}: evaluation.** Each mixer has a run of its own under `{label}`; in charts it is a "
+    "line of its own. All figures on one page: *Artifacts*, `report.html`."
 )
 
 
