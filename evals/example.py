@@ -95,6 +95,10 @@ class Task(Protocol):
     def truncates(self) -> bool:
         """Whether an over-long prompt loses its middle (upstream's rule) or is refused."""
 
+    @property
+    def one_line(self) -> bool:
+        """Whether a newline ends an answer, and neither it nor the end token can come first."""
+
     def examples(self) -> Iterator[Example]:
         """The examples in the data's order, read anew at each call."""
 
@@ -117,6 +121,7 @@ class SuiteTask:
     prompts_source: str
     chat: bool = True
     truncates: bool = True
+    one_line: bool = False
     decimals: int | None = 2
     """Digits that upstream rounds the aggregate to; None does not round."""
     mean_first: bool = False
@@ -160,6 +165,10 @@ class Tokenizer(Protocol):
         """Text of tokens, special tokens left out."""
 
 
+class TooLongError(ValueError):
+    """An example that does not fit the model's positions, by its suite's rule."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
     """Tokens to feed to a model."""
@@ -169,19 +178,19 @@ class Prompt:
     """Tokens of the prompt that were cut out of its middle; 0 where it fitted."""
 
 
-def evidence_distance(example: Example, prompt: Prompt) -> int | None:
+def evidence_distance(example: Example, num_tokens: int) -> int | None:
     """Tokens from the evidence to the end of the prompt; from its depth where that is all we know.
 
-    A prompt that was cut keeps its end, so distances count in the whole prompt. None where the
-    evidence's place is not known.
+    Args:
+        example: whose evidence.
+        num_tokens: of the whole prompt, with what was cut: what is cut keeps its end.
+
+    Returns:
+        None where the evidence's place is not known.
     """
     if example.distance is not None or example.depth is None:
         return example.distance
-    return round((1 - example.depth) * (len(prompt.tokens) + prompt.num_cut))
-
-
-_ONE_OF_EACH: dict[int, int] = {}
-"""One object for each token number: prompts of a suite are held whole, millions of tokens each."""
+    return round((1 - example.depth) * num_tokens)
 
 
 def truncate_middle(tokens: Sequence[int], limit: int) -> tuple[Sequence[int], Sequence[int]]:
@@ -225,21 +234,20 @@ def prepare_prompt(
             assistant's header; None for a base model.
 
     Raises:
-        ValueError: the prompt is too long for a task that is not cut, or nothing is left of it.
+        TooLongError: for a task that is not cut, or with nothing left of the prompt.
     """
     budget = max_positions - example.max_new_tokens
 
     def rendered(text: str) -> tuple[int, ...]:
         body = chat_template(text) if chat_template is not None and task.chat else text
-        tokens = tokenizer.encode(body + example.answer_prefix)
-        return tuple(_ONE_OF_EACH.setdefault(token, token) for token in tokens)
+        return tuple(tokenizer.encode(body + example.answer_prefix))
 
     tokens = rendered(example.prompt)
     if len(tokens) <= budget:
         return Prompt(tokens=tokens, num_cut=0)
     where = f"{task.suite}/{task.name} example {example.id!r}"
     if not task.truncates:
-        raise ValueError(
+        raise TooLongError(
             f"{where} has {len(tokens)} tokens and generates {example.max_new_tokens}, more than "
             f"the model's {max_positions} positions, and its suite cuts nothing; "
             "generate it shorter or give the model more positions"
@@ -252,7 +260,7 @@ def prepare_prompt(
         if len(tokens) <= budget:
             return Prompt(tokens=tokens, num_cut=len(bare) - len(head) - len(tail))
         limit -= len(tokens) - budget
-    raise ValueError(
+    raise TooLongError(
         f"{where}: {max_positions} positions less {example.max_new_tokens} to generate leave no "
         "room for its prompt; give the model more positions"
     )

@@ -23,8 +23,8 @@ from pipeline.atomic import write_atomically
 from pipeline.config import build
 from pipeline.console import Reporter
 from pipeline.evaluating.journal import Answer, Journal, Question, digest_of
+from pipeline.evaluating.program import program_digest
 from pipeline.evaluating.speaker import Sampling, Speaker
-from pipeline.evaluating.subjects import program_digest
 from pipeline.generation import Generator
 from pipeline.generation_open import MixerChoice, open_model
 from pipeline.help import field_docs

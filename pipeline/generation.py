@@ -16,7 +16,7 @@ from torch import Tensor
 
 from allmem_hf import AllMemCache, AllMemForCausalLM
 from pipeline.decode_graph import GraphedDecoder, is_steady
-from pipeline.generation_choice import StopTexts, check_asked, choose
+from pipeline.generation_choice import StopTexts, check_asked, choose, without
 
 Advance = Callable[[int, int], None]
 """Told of a prefill's progress: tokens read, and tokens in all."""
@@ -164,6 +164,7 @@ class Generator:
         seeds: Sequence[int] | None = None,
         stop_texts: Sequence[str] | Sequence[Sequence[str]] = (),
         decode: Callable[[list[int]], str] | None = None,
+        not_first: Collection[int] = (),
         on_token: Callable[[int, int], None] | None = None,
         starts: Sequence[Reading] | None = None,
     ) -> list[Generation]:
@@ -179,6 +180,7 @@ class Generator:
             stop_texts: for all, or a list for each: a row ends with the token that completes one
                 (the token stays; cut the text before showing it).
             decode: ids to text; needed for `stop_texts`.
+            not_first: ids that cannot be a row's first token.
             on_token: told each new token: the prompt's index and the token; stop ids excluded.
             starts: what each prompt goes on from, unchanged by it; prompts may then be empty.
 
@@ -212,7 +214,7 @@ class Generator:
                         index=index,
                         limit=limits[index],
                         prompt_tokens=len(prompts[index]),
-                        logits=self.logits(hidden),
+                        logits=without(self.logits(hidden), not_first),
                         random=torch.Generator().manual_seed(seed),
                     )
                     rows.append(row)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -50,6 +50,14 @@ def choose(logits: Tensor, drawn: Tensor, *, temperature: float, top_p: float = 
     place = (total <= point).sum(-1, keepdim=True)
     last = (probabilities > 0).sum(-1, keepdim=True) - 1
     return order.gather(1, torch.minimum(place, last))[:, 0]
+
+
+def without(logits: Tensor, forbidden: Collection[int]) -> Tensor:
+    """Logits [V] with minus infinity for tokens that cannot come."""
+    if not forbidden:
+        return logits
+    ids = torch.tensor(sorted(forbidden), device=logits.device)
+    return logits.index_fill(-1, ids, -torch.inf)
 
 
 class StopTexts:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -188,7 +189,12 @@ class DocumentScores:
 
     def _key(self, subject: Subject) -> str:
         return self.subjects.key(
-            subject, self._documents_identity(), self.edges, self.context.commit
+            subject,
+            asdict(subject.settings),
+            self.subjects.identities[self.subjects.branch(subject)],
+            self._documents_identity(),
+            self.edges,
+            self.context.commit,
         )
 
     def _say(self, line: str) -> None:

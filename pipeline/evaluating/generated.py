@@ -12,6 +12,7 @@ from evals.task import build_tasks
 from pipeline.config import resolve_path
 from pipeline.context import StageContext
 from pipeline.distributed import on_main
+from pipeline.evaluating.program import program_digest
 from pipeline.evaluating.short_tasks import (
     load_harness_tasks,
     local_place,
@@ -20,7 +21,7 @@ from pipeline.evaluating.short_tasks import (
     run_short_task,
 )
 from pipeline.evaluating.speaker import Sampling
-from pipeline.evaluating.subjects import Subjects, program_digest
+from pipeline.evaluating.subjects import Subjects
 from pipeline.evaluating.suites import (
     Asking,
     Metrics,
@@ -109,6 +110,7 @@ class TaskRuns:
                     TextTokenizer(self.tokenizer),
                     max_positions=self.subjects.max_positions,
                     chat_template=self._chat_template(present),
+                    folder=self.context.dir,
                 ),
             )
             self._tell(prepared)

@@ -91,6 +91,7 @@ class Speaker:
         stop_texts: Sequence[Sequence[str]],
         sampling: Sampling,
         questions: Sequence[Question],
+        one_line: bool = False,
     ) -> list[str]:
         """Continuations as text, special tokens left out, each up to its first stop text.
 
@@ -100,14 +101,17 @@ class Speaker:
             stop_texts: of each prompt; the text ends before the first one that comes.
             sampling: greedy or drawn.
             questions: names the seeds of the draws, so that no batch or rank changes them.
+            one_line: the newline's token ends an answer too, and no ending token comes first.
         """
+        ends = (*self._stop_ids, *self._newline()) if one_line else self._stop_ids
         seeds = [seed_of(sampling.seed, question) for question in questions]
         texts = []
         for generation, stops in zip(
             self.generator.generate(
                 prompts,
                 max_new_tokens=list(max_new_tokens),
-                stop_ids=self._stop_ids,
+                stop_ids=ends,
+                not_first=ends if one_line else (),
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
                 seeds=seeds if sampling.temperature else None,
@@ -119,6 +123,11 @@ class Speaker:
         ):
             texts.append(until(self.text_of(generation.tokens), stops))
         return texts
+
+    def _newline(self) -> list[int]:
+        """The token of a newline; none where the tokenizer has none, whose models write none."""
+        last = list(self.tokenizer.encode("\n", add_special_tokens=False))[-1:]
+        return last if "\n" in self.text_of(last) else []
 
     def text_of(self, tokens: Sequence[int]) -> str:
         """The text of tokens, special ones left out."""

@@ -7,11 +7,8 @@ constant size.
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterable
-from dataclasses import asdict, replace
-from functools import cache
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +17,6 @@ from torch import Tensor
 
 from allmem_megatron.convert import model_to_hf
 from allmem_megatron.model import AllMemGPTModel
-from pipeline.config import PROJECT_ROOT
 from pipeline.context import StageContext
 from pipeline.evaluating.foreign import ForeignMemory
 from pipeline.evaluating.speaker import Speaker
@@ -38,8 +34,14 @@ from pipeline.models import base_config, base_path, choose_dtype, load_model, op
 from pipeline.schema import RunConfig
 from pipeline.tokenizer import open_tokenizer
 
-_PROGRAM = ("kernels", "allmem_hf", "allmem_megatron", "evals", "pipeline")
-"""Packages whose source decides answers."""
+_ATTENTION, _WRITES = ("mode", "window_size", "num_sinks"), ("memory_off", "write_off")
+SETTINGS_READ: dict[str, tuple[str, ...]] = {
+    "full": ("mode",),
+    "swa": _ATTENTION,
+    "mamba2": (*_ATTENTION, "chunk_size"),
+    "allmem": (*_ATTENTION, "chunk_size", *_WRITES, "shuffle_state"),
+}
+"""Settings that change what a mixer computes."""
 
 
 class Subjects:
@@ -189,16 +191,22 @@ class Subjects:
         return wanted or most
 
     def key(self, subject: Subject, *parts: Any) -> str:
-        """Digest of what decides a subject's numbers, and of further parts."""
+        """Digest of what decides what a subject says, and of further parts.
+
+        Of the settings those that its mixer reads, and for `full` and `swa` the base's weights
+        alone: full attention is not asked anew for another window, nor for another memory.
+        """
+        memory = () if BRANCH_OF[subject.mixer] == "none" else ("mixer.memory",)
         decides = {
             key: value
             for key, value in self.context.fingerprint.items()
-            if key.startswith(("model.", "mixer.memory", "parallel."))
+            if key.startswith(("model.", "parallel.", *memory))
         }
+        branch = self.branch(subject) if memory else "none"
         return key_of(
             subject.name,
-            asdict(subject.settings),
-            self.identities[self.branch(subject)],
+            [getattr(subject.settings, name) for name in SETTINGS_READ[subject.mixer]],
+            self.identities[branch],
             decides,
             self.dtype,
             self.device_name,
@@ -216,20 +224,6 @@ class Subjects:
         """The GPU's name, or `cpu`."""
         device = self.context.device
         return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-
-
-@cache
-def program_digest() -> str:
-    """Of the source of all packages that decide answers, so that a changed program asks anew."""
-    digest = hashlib.sha256()
-    for path in _sources():
-        digest.update(path.read_bytes())
-    digest.update(torch.__version__.encode())
-    return digest.hexdigest()
-
-
-def _sources() -> Iterable[Path]:
-    return sorted(path for name in _PROGRAM for path in (PROJECT_ROOT / name).rglob("*.py"))
 
 
 def _stop_ids(tokenizer: Any, *others: Any) -> list[int]:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from evals.example import Example, Prompt, Task, evidence_distance, prepare_prompt
+from evals.example import Example, Task, TooLongError, evidence_distance, prepare_prompt
 from pipeline.context import StageContext
 from pipeline.distributed import on_main
 from pipeline.evaluating.foreign import ForeignMemory, donor_of
 from pipeline.evaluating.journal import Journal, Question, digest_of
+from pipeline.evaluating.prompt_file import PromptFile
 from pipeline.evaluating.speaker import Sampling, Speaker
 from pipeline.evaluating.statistics import (
     binned,
@@ -30,8 +32,8 @@ class Prepared:
 
     task: Task
     examples: tuple[Example, ...]
-    """Those that fit."""
-    prompts: tuple[tuple[int, ...], ...]
+    """Those that fit, without the texts of their prompts."""
+    prompts: PromptFile
     num_cut: tuple[int, ...]
     """Tokens cut out of each prompt."""
     refused: tuple[str, ...]
@@ -65,13 +67,22 @@ def prepare(
     *,
     max_positions: int,
     chat_template: Callable[[str], str] | None,
+    folder: Path,
 ) -> Prepared:
     """Encode a task's examples; those that the task refuses for their length are counted.
+
+    Args:
+        task: gives the examples.
+        tokenizer: the model's.
+        max_positions: tokens that prompt and answer may have together.
+        chat_template: puts a user's message into the model's template; None for a base model.
+        folder: where the prompts' tokens are kept while they are needed.
 
     Raises:
         ValueError: data of another suite, an empty list of answers, two examples of one id.
     """
-    examples, prompts, cuts, refused = [], [], [], []
+    prompts = PromptFile(folder)
+    examples, cuts, refused = [], [], []
     seen: set[str] = set()
     for example in task.examples():
         if example.id in seen:
@@ -87,16 +98,16 @@ def prepare(
                 max_positions=max_positions,
                 chat_template=chat_template,
             )
-        except ValueError as error:
+        except TooLongError as error:
             refused.append(str(error))
             continue
-        examples.append(example)
+        examples.append(replace(example, prompt=""))
         prompts.append(prompt.tokens)
         cuts.append(prompt.num_cut)
     return Prepared(
         task=task,
         examples=tuple(examples),
-        prompts=tuple(prompts),
+        prompts=prompts,
         num_cut=tuple(cuts),
         refused=tuple(refused),
     )
@@ -147,16 +158,17 @@ def predictions(
         for index in range(len(prepared.examples))
         for sample in range(asking.num_samples)
     ]
-    donors = _donors(prepared) if foreign is not None else [()] * len(prepared.prompts)
+    asked = prepared.prompts.digests
     questions = [
         Question(
             id=prepared.examples[index].id,
             sample=sample,
             digest=digest_of(
-                prepared.prompts[index],
-                donors[index],
+                asked[index],
+                None if foreign is None else asked[donor_of(index, len(asked))],
                 prepared.examples[index].max_new_tokens,
                 prepared.examples[index].stop,
+                prepared.task.one_line,
             ),
         )
         for index, sample in jobs
@@ -167,19 +179,20 @@ def predictions(
         for part in [chosen] if foreign is None else [[job] for job in chosen]:
             places = [jobs[job][0] for job in part]
             if foreign is not None:
-                foreign.install(donors[places[0]])
+                foreign.install(prepared.prompts[donor_of(places[0], len(asked))])
             found += speaker.speak(
                 [prepared.prompts[place] for place in places],
                 max_new_tokens=[prepared.examples[place].max_new_tokens for place in places],
                 stop_texts=[prepared.examples[place].stop for place in places],
                 sampling=asking.sampling,
                 questions=[questions[job] for job in part],
+                one_line=prepared.task.one_line,
             )
         return found
 
     work = Work(
         questions=questions,
-        costs=[len(prepared.prompts[index]) for index, _ in jobs],
+        costs=[prepared.prompts.lengths[index] for index, _ in jobs],
         batch_size=asking.batch_size,
     )
     title = f"{asking.context.entry} {prepared.name} {subject}:"
@@ -188,11 +201,6 @@ def predictions(
     for (index, _), text in zip(jobs, texts, strict=True):
         grouped[index].append(text)
     return grouped
-
-
-def _donors(prepared: Prepared) -> list[tuple[int, ...]]:
-    count = len(prepared.prompts)
-    return [prepared.prompts[donor_of(index, count)] for index in range(count)]
 
 
 def suite_metrics(prepared: Prepared, texts: Sequence[Sequence[str]], asking: Asking) -> Metrics:
@@ -215,7 +223,7 @@ def suite_metrics(prepared: Prepared, texts: Sequence[Sequence[str]], asking: As
     stderr = bootstrap_stderr(
         scores, task.aggregate, resamples=asking.resamples, seed=asking.sampling.seed
     )
-    lengths = [len(prompt) for prompt in prepared.prompts]
+    lengths = prepared.prompts.lengths
     counts["num_truncated"] = float(sum(cut > 0 for cut in prepared.num_cut))
     counts["num_empty"] = float(sum(not any(text.strip() for text in said) for said in texts))
     counts["mean_prompt_tokens"] = statistics.fmean(lengths)
@@ -224,8 +232,8 @@ def suite_metrics(prepared: Prepared, texts: Sequence[Sequence[str]], asking: As
         f"{prepared.name}_by_length": binned(lengths, scores, length_bins(lengths), task.aggregate),
     }
     distances = [
-        evidence_distance(example, Prompt(tokens=tokens, num_cut=cut))
-        for example, tokens, cut in zip(examples, prepared.prompts, prepared.num_cut, strict=True)
+        evidence_distance(example, length + cut)
+        for example, length, cut in zip(examples, lengths, prepared.num_cut, strict=True)
     ]
     outside = [
         score

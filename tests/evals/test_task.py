@@ -155,9 +155,10 @@ def test_distances_come_from_the_depth_where_that_is_known() -> None:
     words = Words()
     given = example("a b c d", depth=0.25)
     prompt = prepare_prompt(task(), given, words, max_positions=100)
-    assert evidence_distance(given, prompt) == 3
-    assert evidence_distance(example("a", distance=7), prompt) == 7
-    assert evidence_distance(example("a"), prompt) is None
+    whole = len(prompt.tokens) + prompt.num_cut
+    assert evidence_distance(given, whole) == 3
+    assert evidence_distance(example("a", distance=7), whole) == 7
+    assert evidence_distance(example("a"), whole) is None
 
 
 def test_aggregates_are_percent_and_refuse_nothing_to_average() -> None:

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from allmem_megatron.config import MixerSettings
 from evals.longbench import build as longbench_task
 from evals.task import SuiteConfig, build_tasks
 from pipeline.evaluating.speaker import Sampling, Speaker
-from pipeline.evaluating.suites import Asking, TextTokenizer, prepare, suite_metrics
+from pipeline.evaluating.suites import Asking, Prepared, TextTokenizer, prepare, suite_metrics
 from pipeline.models import load_model
 from pipeline.survival import StopRequested, stop
 from pipeline.tokenizer import open_tokenizer
@@ -32,6 +33,11 @@ def answers(run: Any, subject: str) -> dict[str, str]:
     lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
     assert len({line["id"] for line in lines}) == len(lines)
     return {line["id"]: line["value"] for line in lines}
+
+
+def prepared(run: Any, config: Any, task: Any) -> Prepared:
+    tokenizer = TextTokenizer(open_tokenizer(config))
+    return prepare(task, tokenizer, max_positions=700, chat_template=None, folder=run.dir)
 
 
 def greedy(run: Any, config: Any, prompt: tuple[int, ...], **settings: Any) -> str:
@@ -72,9 +78,7 @@ def test_every_subject_answers_with_its_own_mixer_and_controls_stand_beside(
     task = longbench_task(
         "2wikimqa", data=str(task_run.base_dir / "longbench"), prompts="", max_examples=4
     )
-    prompts = prepare(
-        task, TextTokenizer(open_tokenizer(config)), max_positions=700, chat_template=None
-    )
+    prompts = prepared(task_run, config, task)
     for place in (0, 2):  # the second one had lost its middle
         prompt, name = prompts.prompts[place], prompts.examples[place].id
         assert len(prompt) <= 700 - 32
@@ -88,7 +92,7 @@ def test_every_subject_answers_with_its_own_mixer_and_controls_stand_beside(
 def test_greedy_answers_are_the_same_twice_and_samplings_have_seeds_and_an_error(
     task_run: Any,
 ) -> None:
-    config = task_run.task_config(controls=(), mixers=("allmem",))
+    config = first_examples(task_run.task_config(controls=(), mixers=("allmem",)), 3)
     task_run.evaluate(config)
     first = answers(task_run, "allmem")
     (task_run.dir / "evaluate").rename(task_run.dir / "before")
@@ -97,6 +101,7 @@ def test_greedy_answers_are_the_same_twice_and_samplings_have_seeds_and_an_error
 
     drawn = {"temperature": 1.0, "num_samples": 2, "batch_size": 3}
     sampled = task_run.task_config(controls=(), mixers=("allmem",), generation=drawn)
+    sampled = first_examples(sampled, 3)
     rows = []
     for _ in range(2):
         results = task_run.evaluate(sampled)
@@ -108,11 +113,11 @@ def test_greedy_answers_are_the_same_twice_and_samplings_have_seeds_and_an_error
         ]
         rows.append({(x["id"], x["sample"], x["asked"]): x["value"] for x in lines})
         (task_run.dir / "evaluate").rename(task_run.dir / f"before{len(rows)}")
-    assert results["mixers"]["allmem"][TASK]["n"] == 9
+    assert results["mixers"]["allmem"][TASK]["n"] == 3
     assert results["mixers"]["allmem"][TASK]["stderr"] >= 0
     both = {key: value for key, value in rows[1].items() if key in rows[0]}
     assert both == rows[1]
-    assert len(both) == 18
+    assert len(both) == 6
     texts = {}
     for (name, sample, _), text in rows[1].items():
         texts.setdefault(name, {})[sample] = text
@@ -172,22 +177,29 @@ def test_a_killed_evaluation_goes_on_with_two_ranks_and_repeats_nothing(
                 assert resumed[rows][name][task] == tasks[task], (name, task)
 
 
-def test_other_weights_settings_or_prompts_are_asked_anew(task_run: Any) -> None:
-    config = task_run.task_config(controls=(), mixers=("allmem",))
-    task_run.evaluate(config)
-    first = sum(map(len, task_run.journals().values()))
-    task_run.evaluate(config)
-    assert sum(map(len, task_run.journals().values())) == first == 9
+def test_what_changes_an_answer_and_nothing_else_is_asked_anew(task_run: Any) -> None:
+    config = task_run.task_config(controls=(), mixers=("full", "swa", "allmem"))
+    config = first_examples(config, 2)
+
+    def asked(config: Any) -> Counter[str]:
+        task_run.evaluate(config)
+        found = [name for names in task_run.journals().values() for name in names]
+        return Counter(name.partition("/")[0] for name in found)
+
+    assert asked(config) == {"full": 2, "swa": 2, "allmem": 2}
+    assert asked(config) == {"full": 2, "swa": 2, "allmem": 2}
     task_run.train("convert", alpha=0.2)
-    task_run.evaluate(config)
-    assert sum(map(len, task_run.journals().values())) == 18
+    assert asked(config) == {"full": 2, "swa": 2, "allmem": 4}
     narrow = dataclasses.replace(config, eval=dataclasses.replace(config.eval, window_size=10))
-    task_run.evaluate(narrow)
-    assert sum(map(len, task_run.journals().values())) == 27
+    assert asked(narrow) == {"full": 2, "swa": 4, "allmem": 6}
     file = task_run.base_dir / "longbench" / "2wikimqa.jsonl"
     file.write_text(file.read_text().replace("Where did", "Where, then, did", 1))
-    task_run.evaluate(narrow)
-    assert sum(map(len, task_run.journals().values())) == 28
+    assert asked(narrow) == {"full": 3, "swa": 5, "allmem": 7}
+
+
+def first_examples(config: Any, count: int) -> Any:
+    suites = dataclasses.replace(config.eval.suites, max_examples=count)
+    return dataclasses.replace(config, eval=dataclasses.replace(config.eval, suites=suites))
 
 
 def test_a_stop_request_keeps_what_is_answered(
@@ -242,9 +254,6 @@ def test_an_answer_of_nothing_scores_by_the_suite_and_is_counted(task_run: Any) 
     task = longbench_task(
         "2wikimqa", data=str(task_run.base_dir / "longbench"), prompts="", max_examples=2
     )
-    prepared = prepare(
-        task, TextTokenizer(open_tokenizer(config)), max_positions=700, chat_template=None
-    )
     asking = Asking(
         context=task_run.context(config),
         sampling=Sampling(),
@@ -254,7 +263,8 @@ def test_an_answer_of_nothing_scores_by_the_suite_and_is_counted(task_run: Any) 
         window_size=12,
         num_sinks=2,
     )
-    row = suite_metrics(prepared, [[""], ["under the old stone"]], asking)[TASK]
+    said = prepared(task_run, config, task)
+    row = suite_metrics(said, [[""], ["under the old stone"]], asking)[TASK]
     assert row["num_empty"] == 1
     assert row["f1"] == 50.0
     assert row["stderr"] > 0
