@@ -18,6 +18,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from urllib.parse import quote
 
 from pipeline.config import PROJECT_ROOT
 
@@ -27,8 +28,16 @@ START_S = 180.0
 STOP_S = 10.0
 """Seconds that it gets to end before it is killed."""
 
-CHARTS = "/#/experiments/{experiment}/runs?workflowType=machine_learning&compareRunsMode=CHART"
-TABLE = "/#/experiments/{experiment}/runs?workflowType=machine_learning"
+RUNS = "/#/experiments/{experiment}/runs?workflowType=machine_learning"
+CHARTS = RUNS + "&compareRunsMode=CHART"
+PAGES = {
+    "all runs": RUNS,
+    "headlines of each run": CHARTS,
+    "training curves": CHARTS + "&searchFilter=" + quote("tags.kind = 'training'"),
+    "mixers side by side": CHARTS + "&searchFilter=" + quote("tags.kind = 'mixer'"),
+}
+"""What a person looks for, and where it is; MLflow folds children away unless it searches."""
+
 SERVER_ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
@@ -43,7 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--store", type=Path, help="the dashboard's folder; ROOT/dashboard")
     parser.add_argument("--port", type=int, default=5000, help="default: 5000; 0: a free one")
     options = parser.parse_args(arguments)
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
     try:
         _run(options.runs, options.root, options.store or options.root / "dashboard", options.port)
     except KeyboardInterrupt:
@@ -65,8 +75,8 @@ def _run(runs: list[Path], root: Path, store: Path, port: int) -> None:
     for run_dir in runs:
         experiment = replay(run_dir, store, say=lambda line: _say(f"read {line}"))
     with serving(store, port) as (process, uri):
-        _say(f"charts of all runs: {uri}{CHARTS.format(experiment=experiment)}")
-        _say(f"table of all runs:  {uri}{TABLE.format(experiment=experiment)}")
+        for title, place in PAGES.items():
+            _say(f"{title + ':':24}{uri}{place.format(experiment=experiment)}")
         _say("Ctrl-C stops it")
         code = process.wait()
         raise OSError(f"the MLflow server ended by itself with code {code}; see {store}/server.log")

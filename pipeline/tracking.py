@@ -30,7 +30,7 @@ from pipeline.artifacts import Artifact, read_artifacts
 from pipeline.config import flatten, to_plain
 from pipeline.context import StageContext
 from pipeline.metrics_log import read_lines
-from pipeline.schema import RunConfig
+from pipeline.schema import TRAINING_STAGES, RunConfig
 from pipeline.survival import StopRequested
 from pipeline.tracking_evaluation import Point
 from pipeline.tracking_names import (
@@ -38,6 +38,7 @@ from pipeline.tracking_names import (
     LOGGED_STEP,
     child_values,
     metric_name,
+    parent_name,
     parent_values,
 )
 from pipeline.tracking_notes import PARENT, Notes, Tracked, stamp_of
@@ -135,12 +136,13 @@ class MlflowRecorder:
         self.experiment_id = self._experiment()
         resolved = tracked.run_dir.resolve()
         name = tracked.settings.run_name or f"{tracked.recipe} {resolved.name}"
-        parent = self.open_run(PARENT, name, {})
-        tags = {"mlflow.parentRunId": parent, "stage": tracked.entry}
+        parent = self.open_run(PARENT, name, {"kind": "recipe"})
+        kind = "training" if tracked.stage in TRAINING_STAGES else tracked.stage
+        tags = {"mlflow.parentRunId": parent, "stage": tracked.entry, "kind": kind}
         self.runs = {"parent": parent, "child": self.open_run(tracked.label, tracked.label, tags)}
         self._shipped = {
             "child": self._last("child", LOGGED_STEP),
-            "parent": self._last("parent", f"{tracked.label}/{LOGGED_STEP}"),
+            "parent": self._last("parent", parent_name(LOGGED_STEP, tracked.label)),
             "system": self._last("child", LOGGED_SAMPLE),
         }
         self._offsets = {"metrics.jsonl": 0, SYSTEM_FILE: 0}

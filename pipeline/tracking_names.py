@@ -91,9 +91,14 @@ def child_values(line: Mapping[str, Any], *, of_evaluation: bool) -> dict[str, A
 
 
 def parent_values(line: Mapping[str, Any], label: str) -> dict[str, Any]:
-    """The headlines of a line as the recipe's run gets them, under the stage's label."""
-    values = {f"{label}/{LOGGED_STEP}": line["step"]}
+    """The headlines of a line as the recipe's run gets them: `train/loss convert`."""
+    values = {parent_name(LOGGED_STEP, label): line["step"]}
     for name, value in line.items():
         if is_headline(name):
-            values[f"{label}/{shown_name(name)}"] = value
+            values[parent_name(shown_name(name), label)] = value
     return values
+
+
+def parent_name(shown: str, label: str) -> str:
+    """A stage's metric in the recipe's run: in the same section, with the stage's label."""
+    return shown if label == "evaluate" else f"{shown} {label}"

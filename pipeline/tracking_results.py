@@ -66,7 +66,7 @@ def _send_subject(server: Server, subject: str, points: list[Point], stamp: list
     if known is not None:
         server.client.delete_run(note["run_id"])
         server.notes.write(place, {})
-    tags = {"mlflow.parentRunId": server.runs["child"], "stage": place, "mixer": subject}
+    tags = {"mlflow.parentRunId": server.runs["child"], "stage": place, "kind": "mixer"}
     run_id = server.open_run(place, f"{subject} ({server.tracked.recipe})", tags)
     when = stamp[1] // 1_000_000
     server.send_points(run_id, points, when)

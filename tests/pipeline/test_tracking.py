@@ -142,7 +142,7 @@ def test_a_resumed_run_goes_on_in_the_same_run_without_doubles(
             context.metrics.close()
     wanted = [(step, float(step)) for step in range(1, 9)]
     assert history(tmp_path, LABEL, "train/loss") == wanted
-    assert history(tmp_path, "tiny " + tmp_path.name, f"{LABEL}/train/loss") == wanted
+    assert history(tmp_path, "tiny " + tmp_path.name, f"train/loss {LABEL}") == wanted
 
 
 def test_long_histories_are_sent_in_batches(tmp_path: Path, make: Callable[..., Any]):
@@ -274,8 +274,8 @@ def test_the_parent_gets_the_headlines_of_an_evaluation_and_the_tag_of_the_data(
         context.log(0, {**headlines, "swa/text/loss": 1.0})
     parent = "tiny " + tmp_path.name
     shown = {
-        f"{LABEL}/eval/recall exact_match_outside_window/allmem": 0.5,
-        f"{LABEL}/eval/overall loss_beyond_window/swa": 2.0,
+        f"eval/recall exact_match_outside_window/allmem {LABEL}": 0.5,
+        f"eval/overall loss_beyond_window/swa {LABEL}": 2.0,
     }
     for name, value in shown.items():
         assert history(tmp_path, parent, name) == [(0, value)]
