@@ -8,8 +8,8 @@
 # off keeps them, and the same command goes on with what is missing. --budget-s (default 1500) is for
 # all parts together; give 540 where a command may run ten minutes. --dry runs every part on the CPU
 # at tiny sizes. Installs nothing: PYTHON (default .venv/bin/python where it is, else python3) has
-# PyTorch, Triton, transformers and pytest; without megatron-core the training step is left out, and
-# without flash-linear-attention its row.
+# PyTorch, Triton, transformers and pytest. What else is missing is named at the start, with what is
+# then left out: the training step (megatron-core), a peer's row (fla), the figures (matplotlib).
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -39,6 +39,20 @@ part() { echo; echo "== $1 ($(left) s left)"; }
 done_before() { [ -z "$fresh" ] && [ -e "$out/$1.done" ] && echo "done before: $out/$1.log"; }
 failed() { echo "FAILED: $1"; status=1; }
 
+has() { "$python" -c "import importlib.util as u, sys; sys.exit(u.find_spec('$1') is None)"; }
+missing=""
+for package in torch triton transformers numpy pytest; do
+  has $package || [ "$dry$package" = 1triton ] || missing="$missing $package"
+done
+if [ -n "$missing" ]; then
+  echo "error: $python lacks$missing; install them, or name another Python: PYTHON=… bash $0" >&2
+  exit 2
+fi
+has megatron || echo "no megatron-core: no training step, and only the tests that do without it"
+has fla || echo "no flash-linear-attention (fla): its row is left out"
+has matplotlib || echo "no matplotlib: no figures; draw them later by benchmarks.speed_plots"
+has xdist || echo "no pytest-xdist: tests run one after the other"
+
 if [ -z "$dry" ]; then
   "$python" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || {
     echo "error: $python sees no CUDA device; --dry runs the same on the CPU" >&2
@@ -46,8 +60,8 @@ if [ -z "$dry" ]; then
   }
   device=cuda suffix=gpu kernels="" models=""
 else
-  device=cpu suffix=dry kernels="--tiny --no-compile --group-s 0.2"
-  models="--tiny --repeat-s 0.2 --batches 1 --mixers allmem full training"
+  device=cpu suffix=dry kernels="--tiny --no-compile --group-s 0.02"
+  models="--tiny --repeat-s 0.02 --batches 1 --mixers allmem full training"
 fi
 
 part "tests on the device"
@@ -56,10 +70,12 @@ if ! done_before tests; then
     tests="tests/benchmarks/test_schedule.py"
   else
     # the folders whose tests need no other package than the kernels; the rest where Megatron is
-    tests="tests/kernels tests/allmem_hf tests/benchmarks/test_decode_graph.py"
-    "$python" -c 'import megatron.core' 2> /dev/null && tests="tests"
+    where="tests/kernels tests/allmem_hf tests/benchmarks"
+    has megatron && where="tests"
+    # only files with such tests: others may import what is not here
+    tests="$(grep -rl --include='test_*.py' 'mark\.gpu' $where | sort | tr '\n' ' ')"
     tests="$tests -m gpu --continue-on-collection-errors"
-    "$python" -c 'import xdist' 2> /dev/null && tests="$tests -n 6"  # most of it is compiling
+    has xdist && tests="$tests -n 6"  # most of it is compiling
   fi
   within "$(least "$(($(left) / 2))" 420)" "$python" -m pytest $tests -q -p no:cacheprovider \
     > "$out/tests.log" 2>&1

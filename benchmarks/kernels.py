@@ -26,7 +26,7 @@ from benchmarks.kernel_pieces import PIECES
 from benchmarks.measure import ROOT, Stopwatch, machine, measure_ceilings
 from benchmarks.rows import Results, missing, report_end
 from benchmarks.shapes import SHAPES
-from benchmarks.speed_plots import plot_kernels
+from benchmarks.speed_plots import draw
 
 RESULTS = ROOT / "runs" / "bench"
 OPS = ("memory", "attention", "mixer", *PIECES)
@@ -147,7 +147,7 @@ def main(words: Sequence[str] | None = None) -> int:
         if device.type == "cuda":
             torch.cuda.empty_cache()
     results.write()
-    plot_kernels(out)
+    draw(out)
     return report_end(results)
 
 

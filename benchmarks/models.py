@@ -26,7 +26,7 @@ from benchmarks.model_bench import Bench
 from benchmarks.model_cases import MIXERS
 from benchmarks.rows import Results, report_end
 from benchmarks.shapes import SHAPES
-from benchmarks.speed_plots import plot_models
+from benchmarks.speed_plots import draw
 
 RESULTS = ROOT / "runs" / "bench"
 
@@ -133,7 +133,7 @@ def main(words: Sequence[str] | None = None) -> int:
     for shape, mixer, tokens in chosen_groups(given, cuda):
         bench.run(SHAPES[shape], mixer, tokens)
     results.write()
-    plot_models(out)
+    draw(out)
     return report_end(results)
 
 

@@ -1,21 +1,44 @@
-"""Figures of the kernel and model benchmarks."""
+"""Figures of the kernel and model benchmarks.
+
+    python -m benchmarks.speed_plots benchmarks/results/kernels_gpu.json   # draws kernels_gpu.png
+
+A machine that only measures needs no matplotlib: figures are drawn from the JSON file anywhere.
+"""
 
 from __future__ import annotations
 
+import importlib.util
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-from matplotlib.axes import Axes
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.rows import MEASURED, Row, load
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 INK, GREY = "#222222", "#9a9a9a"
 COLOURS = {"full": "#666666", "swa": "#56b4e9", "mamba2": "#e69f00", "allmem": "#0072b2"}
 OURS, OTHERS, FLOOR = "#0072b2", "#b8cfe0", "#d55e00"
+
+
+def draw(path: Path) -> Path | None:
+    """The figure of a file of either benchmark, beside it; None where there is nothing to draw.
+
+    Without matplotlib nothing is drawn, and a line says how to.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        print(
+            f"no figure: matplotlib is not installed; where it is, draw with "
+            f"python -m benchmarks.speed_plots {path}"
+        )
+        return None
+    import matplotlib
+
+    matplotlib.use("Agg")
+    of_models = any("mixer" in row for row in load(path)["rows"])
+    return plot_models(path) if of_models else plot_kernels(path)
 
 
 def plot_kernels(path: Path) -> Path | None:
@@ -27,6 +50,8 @@ def plot_kernels(path: Path) -> Path | None:
             groups.setdefault(row["group"], []).append(row)
     if not groups:
         return None
+    import matplotlib.pyplot as plt
+
     columns = min(2, len(groups))
     lines = -(-len(groups) // columns)
     heights = [
@@ -73,6 +98,8 @@ def plot_models(path: Path) -> Path | None:
     shapes = list(dict.fromkeys(row["shape"] for row in rows if row["op"] in ("prefill", "decode")))
     if not shapes:
         return None
+    import matplotlib.pyplot as plt
+
     figure, axes = plt.subplots(
         len(shapes), 3, figsize=(12, 3.4 * len(shapes)), layout="constrained", squeeze=False
     )
@@ -136,7 +163,26 @@ def _title(found: dict[str, Any], floor: str) -> str:
 
 
 def _save(figure: Any, path: Path) -> Path:
+    import matplotlib.pyplot as plt
+
     out = path.with_suffix(".png")
     figure.savefig(out, dpi=120)
     plt.close(figure)
     return out
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Draws the figure of each named file; gives the exit status."""
+    paths = [Path(word) for word in (sys.argv[1:] if words is None else words)]
+    absent = [path for path in paths if not path.is_file()]
+    if absent or not paths:
+        named = f"{absent[0]} is not there" if absent else "no file is named"
+        print(f"error: {named}; name files of benchmarks.kernels or .models", file=sys.stderr)
+        return 2
+    for path in paths:
+        print(draw(path) or f"{path}: nothing is drawn")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
