@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from allmem_megatron.config import BaseModelConfig, MemoryConfig
 from allmem_megatron.convert import model_to_hf, save_hf_dir
@@ -99,6 +102,14 @@ def write_shards(folder: Path) -> None:
     ).save(folder)
 
 
+@contextlib.contextmanager
+def unrendered() -> Iterator[None]:
+    """Figures become empty files: to render them takes longer than all else of a tiny run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", lambda self, file, **_: file.write(b""))
+        yield
+
+
 class TinyRun:
     """A prepared run under `folder`, to train branches in and to evaluate."""
 
@@ -167,9 +178,12 @@ class TinyRun:
             commit="0123abc",
         )
 
-    def evaluate(self, config: RunConfig, ranks: Ranks | None = None) -> dict[str, Any]:
-        """Run the stage and read its results."""
-        evaluate.run(config, self.context(config, ranks))
+    def evaluate(
+        self, config: RunConfig, ranks: Ranks | None = None, *, drawn: bool = False
+    ) -> dict[str, Any]:
+        """Run the stage and read its results; figures are built, and rendered where `drawn`."""
+        with contextlib.nullcontext() if drawn else unrendered():
+            evaluate.run(config, self.context(config, ranks))
         results: dict[str, Any] = json.loads((self.dir / "evaluate/results.json").read_text())
         return results
 
@@ -227,6 +241,10 @@ class TaskRun(TinyRun):
         save_byte_tokenizer(self.base_dir)
         self.train("convert", alpha=0.7)
         write_questions(self.base_dir / "longbench", "2wikimqa", 9)
+
+    def write_documents(self) -> None:
+        """Held-out documents beside the questions."""
+        write_shards(self.dir / "prepare")
 
     def task_config(
         self, *, tasks: tuple[str, ...] = ("longbench/2wikimqa",), **changes: Any
