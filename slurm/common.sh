@@ -70,9 +70,11 @@ allmem_environment() {
 # Where the ranks meet: rank 0's node, by a name or address that the others can use
 allmem_meeting_place() {
     ALLMEM_NODES=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd,)
+    [[ -n $ALLMEM_NODES ]] || allmem_fail "scontrol show hostnames $SLURM_JOB_NODELIST names no node on ${SLURMD_NODENAME:-$HOSTNAME}; put Slurm's commands on PATH there"
     local first=${ALLMEM_NODES%%,*}
     if ! getent hosts "$first" >/dev/null; then
         first=$(scontrol show node -o "$first" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
+        [[ -n $first ]] || allmem_fail "${ALLMEM_NODES%%,*} has no address, neither by name nor as NodeAddr of scontrol show node; tell your administrators"
     fi
     export ALLMEM_NODES MASTER_ADDR=$first
     export MASTER_PORT=$((20000 + (SLURM_JOB_ID * 7 + ${SLURM_RESTART_COUNT:-0}) % 10000))
@@ -231,8 +233,9 @@ allmem_run() {
     run_dir=$(last_value run.dir "${words[@]}")
     if [[ -z $run_dir ]]; then
         run_dir=${ALLMEM_RUNS:-$SLURM_SUBMIT_DIR/runs}/$recipe
-        words+=("run.dir='$run_dir'")
+        words+=("run.dir='${run_dir//\'/\\\'}'")
     fi
+    ALLMEM_HOME=$(cd "$ALLMEM_HOME" && pwd) # before the next line, which changes the folder
     cd "$SLURM_SUBMIT_DIR" || allmem_fail "the folder of submission, $SLURM_SUBMIT_DIR, is not on ${SLURMD_NODENAME:-$HOSTNAME}"
     mkdir -p "$run_dir" || allmem_fail "run.dir=$run_dir cannot be made on ${SLURMD_NODENAME:-$HOSTNAME}; set ALLMEM_RUNS"
     run_dir=$(cd "$run_dir" && pwd)

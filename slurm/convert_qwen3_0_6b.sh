@@ -14,9 +14,12 @@
 #SBATCH --output=%x-%j.out
 
 # sbatch runs a copy of this file: Slurm knows where it came from
-ALLMEM_HOME=${ALLMEM_HOME:-$(scontrol show job -o "${SLURM_JOB_ID:-none}" 2>/dev/null |
-    sed -n '1s|.* Command=\(.*\)/slurm/[^/]*\.sh.*|\1|p')}
+: "${ALLMEM_HOME:=$(scontrol show job "${SLURM_JOB_ID:-none}" 2>/dev/null |
+    sed -n '/^ *Command=/{s///;s|/slurm/[^/ ]*\.sh.*||p;q}')}"
 # shellcheck source=slurm/common.sh
-source "${ALLMEM_HOME:=$(dirname "$0")/..}/slurm/common.sh" || exit 2
+source "${ALLMEM_HOME:=$(cd "$(dirname "$0")/.." && pwd)}/slurm/common.sh" || {
+    echo "error: ALLMEM_HOME=$ALLMEM_HOME is not the project: sbatch PROJECT/slurm/convert_qwen3_0_6b.sh, or set ALLMEM_HOME to its folder" >&2
+    exit 2
+}
 
 allmem_run stage=all recipe=qwen3_0_6b -- "$@"

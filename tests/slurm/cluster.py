@@ -98,6 +98,7 @@ class SlurmCluster:
         *,
         cpus_per_node: int = 8,
         gpus_per_node: int = 0,
+        gpu_type: str = "h100",
         env: Mapping[str, str] | None = None,
     ) -> None:
         """Describe the cluster; entering the `with` block starts it.
@@ -107,11 +108,12 @@ class SlurmCluster:
             cpus_per_node: CPUs that a node claims to have, whatever the machine has.
             gpus_per_node: character devices that stand in for GPUs (`--gpus-per-node` works; there
                 is nothing to compute on). They need the right to make device files.
+            gpu_type: what the GPUs are called.
             env: variables beside those of this process, for all commands and jobs.
         """
         self.nodes = [f"node{index}" for index in range(1, num_nodes + 1)]
         self.cpus_per_node = cpus_per_node
-        self.gpus_per_node = gpus_per_node
+        self.gpus_per_node, self.gpu_type = gpus_per_node, gpu_type
         # a session that is itself a Slurm job must not lend its variables to ours
         outer = re.compile(r"(SLURM|SLURMD|SBATCH|SRUN|SALLOC)_")
         self.env = {key: value for key, value in os.environ.items() if not outer.match(key)}
@@ -174,7 +176,7 @@ class SlurmCluster:
         key.touch(mode=0o600)
         key.write_bytes(os.urandom(128))
         controller, *ports = _free_ports(len(self.nodes) + 1)
-        gres = f" Gres=gpu:{self.gpus_per_node}" if self.gpus_per_node else ""
+        gres = f" Gres=gpu:{self.gpu_type}:{self.gpus_per_node}" if self.gpus_per_node else ""
         lines = [
             f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} State=UNKNOWN "
             f"CPUs={self.cpus_per_node} RealMemory=512000{gres}"
@@ -196,7 +198,8 @@ class SlurmCluster:
                     os.mknod(device, 0o666 | 0o020000, os.makedev(1, 3))
             last = self.gpus_per_node - 1
             files = f"gpu[0-{last}]" if last else "gpu0"
-            (folder / "gres.conf").write_text(f"Name=gpu File={folder}/devices/{files}\n")
+            line = f"Name=gpu Type={self.gpu_type} File={folder}/devices/{files}\n"
+            (folder / "gres.conf").write_text(line)
 
     def _spawn(self, name: str, command: list[str], **env: str) -> None:
         with (self.folder / f"{name}.log").open("ab") as log:

@@ -22,6 +22,7 @@ from tests.slurm.conftest import JOB_ENV, shape
 
 STEPS = 40
 SCRIPT = str(ROOT / "slurm" / "convert_qwen3_0_6b.sh")
+OTHER_SCRIPT = str(ROOT / "slurm" / "convert_qwen3_1_7b.sh")
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def words(tiny_words: list[str]) -> list[str]:
 def undisturbed(cluster: SlurmCluster, tmp_path_factory: pytest.TempPathFactory, words: list[str]):
     """The run that nothing happens to: its folder."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    job = start(cluster, folder, words)
+    job = cluster.sbatch(*shape(folder, nodes=2), OTHER_SCRIPT, *words, cwd=folder)
     assert cluster.wait(job, timeout_s=170)["JobState"] == "COMPLETED", cluster.output(job)
     return folder / "runs" / "tiny"
 
