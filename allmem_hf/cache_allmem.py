@@ -74,7 +74,7 @@ class AllMemLayerCache:
             values: the same shape.
             layout: rows and positions of the tokens.
         """
-        self._reserve(keys, layout)
+        self.reserve(keys, layout)
         rows, positions = layout.rows.flatten(), layout.positions.flatten()
         new = [x.detach().flatten(0, 1) for x in (keys, values)]
         if layout.max_new > 1 and self.window_size is not None:
@@ -101,7 +101,7 @@ class AllMemLayerCache:
             held = torch.where(slot < self.num_sinks, slot, last - (last - slot) % self.window_size)
         return held.masked_fill(slot > last, -1)
 
-    def _reserve(self, like: Tensor, layout: RowLayout) -> None:
+    def reserve(self, like: Tensor, layout: RowLayout) -> None:
         """Makes slots for the rows' new lengths; their number doubles up to s + W."""
         longest = max(layout.host_lengths)
         limit = None if self.window_size is None else self.num_sinks + self.window_size

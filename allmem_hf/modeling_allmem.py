@@ -25,6 +25,7 @@ from transformers.utils import logging
 from allmem_hf.branches_allmem import AllMemBranch, AllMemConv, AllMemMamba2, AllMemMemory
 from allmem_hf.cache_allmem import AllMemCache, AllMemLayerCache
 from allmem_hf.configuration_allmem import AllMemConfig
+from allmem_hf.decode_allmem import fits, fused_step, fused_steps
 from allmem_hf.layers_allmem import (
     AllMemAttention,
     AllMemMLP,
@@ -42,6 +43,8 @@ logger = logging.get_logger(__name__)
 
 class AllMemDecoderLayer(GradientCheckpointingLayer):
     """Attention and memory side by side, then the MLP; both on a residual stream."""
+
+    decode_backend = "auto"  # see `decode_allmem.set_decode_backend`
 
     def __init__(self, config: AllMemConfig) -> None:
         super().__init__()
@@ -64,6 +67,8 @@ class AllMemDecoderLayer(GradientCheckpointingLayer):
         seen: int,
     ) -> Tensor:
         """`[B, T, D]` -> `[B, T, D]`; `seen` columns are in the cache before this call."""
+        if cache is not None and fits(self, hidden, layout, cache):
+            return fused_step(self, hidden, cos_sin, layout, cache)
         normed = self.input_layernorm(hidden)
         mixed = self.self_attn(normed, cos_sin, layout, cache, seen)
         if self.use_memory:
@@ -116,7 +121,7 @@ class AllMemPreTrainedModel(PreTrainedModel):
 
         `window`: `flex` (FlexAttention), `reference` (blocks in plain PyTorch) or `sdpa` (full
         attention); `memory`: `triton`, `reference`, or the recurrence's `ssd`. On a CUDA device the
-        fast ones are taken by themselves; a decode step is plain PyTorch everywhere.
+        fast ones are taken by themselves. `decode`: `triton` where fused kernels make its steps.
         """
         weight = next(self.parameters())
         probe = torch.empty(0, device=weight.device, dtype=weight.dtype)
@@ -126,6 +131,8 @@ class AllMemPreTrainedModel(PreTrainedModel):
             chosen["memory"] = memory_backend(probe, self.config.decay or None)
         elif self.config.branch == "mamba2" and not self.config.memory_off:
             chosen["memory"] = "ssd"
+        if fused_steps(self, probe):
+            chosen["decode"] = "triton"
         return chosen
 
 
