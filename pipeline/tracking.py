@@ -154,7 +154,8 @@ class MlflowRecorder:
         found = self.client.get_experiment_by_name(name)
         if found is not None:
             return str(found.experiment_id)
-        return str(self.client.create_experiment(name, self._artifact_location()))
+        tags = {"mlflow.experimentKind": "custom_model_development"}  # its pages, not GenAI's
+        return str(self.client.create_experiment(name, self._artifact_location(), tags))
 
     def _artifact_location(self) -> str | None:
         """Beside an sqlite file (MLflow would take the working directory), or the server's own."""
@@ -207,17 +208,27 @@ class MlflowRecorder:
         return max((point.step for point in history), default=-1)
 
     def _log_params(self) -> None:
-        """Parameters that the run does not have; MLflow refuses to change one."""
+        """Parameters that the runs do not have; MLflow refuses to change one.
+
+        The recipe's run gets those of its first stage, and by the stage's name what differs later.
+        """
         from mlflow.entities import Param
 
-        present = self.client.get_run(self.runs["child"]).data.params
-        new = [
-            Param(metric_name(key), json.dumps(value)[:_MAX_PARAM])
+        values = {
+            metric_name(key): json.dumps(value)[:_MAX_PARAM]
             for key, value in self.tracked.params.items()
-            if metric_name(key) not in present
-        ]
-        for start in range(0, len(new), 100):
-            self.client.log_batch(self.runs["child"], params=new[start : start + 100])
+        }
+        for kind, run_id in self.runs.items():
+            present = self.client.get_run(run_id).data.params
+            new = {key: value for key, value in values.items() if key not in present}
+            if kind == "parent":
+                of_stage = {f"{self.tracked.label}: {key}": key for key in values}
+                changed = {k: values[v] for k, v in of_stage.items() if values[v] != present.get(v)}
+                new |= {k: v for k, v in changed.items() if present and k not in present}
+                new = {k: v for k, v in new.items() if not k.partition(": ")[2].startswith("stage")}
+            params = [Param(key, value) for key, value in new.items()]
+            for start in range(0, len(params), 100):
+                self.client.log_batch(run_id, params=params[start : start + 100])
 
     def _log_inputs(self) -> None:
         """Tell which shards the stage is made from, as a data set and as a tag."""

@@ -41,12 +41,12 @@ HEADLINES = (
 )
 """Metrics of training that the parent run gets too, under the stage's name."""
 
-EVALUATION_HEADLINES = (
-    "/overall/loss_beyond_window",
-    "/recall/exact_match_outside_window",
-    "/speed/prefill_tokens_per_s",
+EVALUATION_HEADLINES = tuple(
+    f"{mixer}/{ending}"
+    for mixer in ("full", "swa", "mamba2", "allmem")
+    for ending in ("overall/loss_beyond_window", "recall/exact_match_outside_window")
 )
-"""Ends of the names of an evaluation's metrics, `MIXER/TASK/METRIC`, that the parent gets too."""
+"""An evaluation's metrics, `MIXER/TASK/METRIC`, that the parent gets too."""
 
 
 def metric_name(name: str) -> str:
@@ -56,19 +56,18 @@ def metric_name(name: str) -> str:
 
 def is_headline(name: str) -> bool:
     """Whether the parent run gets a metric, too."""
-    return name in HEADLINES or name.endswith(EVALUATION_HEADLINES)
+    return name in HEADLINES or name in EVALUATION_HEADLINES
 
 
 def shown_name(name: str) -> str:
     """The name in MLflow of a metric of `metrics.jsonl`, with its section.
 
-    `MIXER/TASK/METRIC` of an evaluation's headline becomes `eval/TASK METRIC/MIXER`, so that the
-    mixers stand side by side.
+    `MIXER/TASK/METRIC` of an evaluation's headline becomes `eval/METRIC MIXER`, so that the mixers
+    stand side by side.
     """
-    if name.endswith(EVALUATION_HEADLINES):
-        subject, rest = name.split("/", 1)
-        task, metric = rest.rsplit("/", 1)
-        return metric_name(f"eval/{task} {metric}/{subject}")
+    if name in EVALUATION_HEADLINES:
+        mixer, _, metric = name.split("/")
+        return metric_name(f"eval/{metric} {mixer}")
     if name.startswith("memory/"):
         # memory/alpha_abs/mean → memory/alpha_abs mean; layers in a section of their own
         _, kind, what = name.split("/", 2)
