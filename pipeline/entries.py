@@ -16,9 +16,7 @@ def split_entry(entry: str) -> tuple[str, str | None]:
     name, colon, further = whole.partition(":")
     known = (*STAGES, "all")
     if name not in known:
-        raise ValueError(
-            f"stage={entry} is unknown{nearest(name, known)} (stages: {', '.join(known)})"
-        )
+        raise ValueError(f"stage={entry} is unknown{nearest(name, known)}")
     rounds = ROUNDS.get(name, ())
     if colon and further not in rounds:
         of_stage = [f"{stage}:{one}" for stage, names in ROUNDS.items() for one in names]

@@ -123,10 +123,11 @@ def _run_dir(words: Sequence[str]) -> Path:
     Raises:
         ValueError: neither is given.
     """
-    for word in reversed(words):
-        key, _, value = word.partition("=")
-        if key == "run.dir":
-            return Path(value.strip("'\"")).absolute()
+    if odd := [word for word in words if not all(word.partition("="))]:
+        raise ValueError(f"{odd[0]!r} is not KEY=VALUE; write run.dir=DIR, the folder of the run")
+    given = [word for word in words if word.startswith("run.dir=")]
+    if given:
+        return Path(given[-1].partition("=")[2].strip("'\"")).absolute()
     if not any(word.startswith("recipe=") for word in words):
         raise ValueError("run.dir is not given; write run.dir=DIR, the folder of the run")
     return _folder(compose(words), words)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -117,6 +118,8 @@ def make_jobs(config: RunConfig, words: Sequence[str], run_dir: Path) -> dict[st
 
 def _quoted(path: str) -> str:
     """A path as a value that Hydra reads as it is."""
+    if re.fullmatch(r"[\w./-]+", path, re.ASCII):
+        return path
     return "'" + path.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 

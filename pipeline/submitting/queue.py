@@ -23,7 +23,11 @@ ACTIVE = frozenset(
 GONE = "UNKNOWN"
 """Slurm has forgotten the job (MinJobAge, five minutes by default, after its end)."""
 
-_ORDER = ("FAILED", "NODE_FAIL", "BOOT_FAIL", "OUT_OF_MEMORY", "TIMEOUT", "DEADLINE", "CANCELLED")
+_ORDER = (
+    *("FAILED", "NODE_FAIL", "BOOT_FAIL", "OUT_OF_MEMORY", "TIMEOUT", "DEADLINE", "PREEMPTED"),
+    *("REVOKED", "CANCELLED"),
+)
+"""States of jobs that ended otherwise than well, the most telling first."""
 _FIELD = re.compile(r"(?:^| )([A-Za-z][A-Za-z:/]*)=(.*?)(?= [A-Za-z][A-Za-z:/]*=|$)")
 
 
@@ -168,6 +172,6 @@ def _call(
         )
     except subprocess.TimeoutExpired:
         raise SlurmError(
-            f"{command[0]} gave no answer within {TIMEOUT_S} s; see `scontrol ping`, then give the "
-            "same command again"
+            f"{command[0]} gave no answer within {TIMEOUT_S} s; see `scontrol ping`, and by squeue "
+            "--me whether it came through all the same, then give the same command again"
         ) from None

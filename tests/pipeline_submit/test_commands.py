@@ -175,6 +175,8 @@ def test_without_slurm_there_is_one_clear_line(tmp_path: Path, capsys: pytest.Ca
     [
         (["recipe=tiny", "--dri-run"], ["submit has no --dri-run; it has --dry-run"]),
         (["status"], ["run.dir is not given"]),
+        (["status", "run.dir"], ["'run.dir' is not KEY=VALUE; write run.dir=DIR"]),
+        (["cancel", "run.dir="], ["'run.dir=' is not KEY=VALUE"]),
         (["status", "run.dir=no/such"], ["no/such has no submit.json"]),
         (["recipe=tiny", "stage=plan"], ["stage=plan is no job"]),
         (["recipe=tiny", "slurm.convert.node=2"], ["did you mean slurm.convert.nodes?"]),
@@ -189,7 +191,8 @@ def test_without_slurm_there_is_one_clear_line(tmp_path: Path, capsys: pytest.Ca
 def test_a_mistake_is_one_line_with_its_mend(
     words: list[str], parts: list[str], capsys: pytest.CaptureFixture[str]
 ):
-    assert main([*words] if words[0] == "status" else [*words, "--dry-run"]) == 2
+    alone = words[0] in ("status", "cancel")
+    assert main(words if alone else [*words, "--dry-run"]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     for part in parts:
@@ -221,6 +224,7 @@ def test_the_tasks_of_an_array_are_one_state():
         ARRAY.format("FAILED", "NonZeroExitCode", 2),
     )
     complete = ARRAY.format("COMPLETED", "None", 0)
+    assert parse(ARRAY.format("PREEMPTED", "None", 0)).has_failed
     state = parse(f"{complete}\n\n{running}\n{failed}\n")
     assert (state.state, state.active, state.restarts) == ("FAILED", True, 2)
     assert state.reason == "NonZeroExitCode (exit code 2)"
