@@ -20,7 +20,7 @@ from evals.bins import parse_label
 from evals.config import MIXERS
 from evals.paper_tables import Subject
 
-# Okabe and Ito's palette, as in the figures of one evaluation.
+# Okabe and Ito's palette, told apart by people with colour blindness too.
 COLOURS = {
     "full": "#000000",
     "swa": "#E69F00",
@@ -39,7 +39,18 @@ Bins = Mapping[str, float]
 
 def draw_all(subjects: Sequence[Subject], folder: Path) -> list[Path]:
     """Draw each figure for which any subject has numbers; the files written."""
-    figures = {
+    files = []
+    for name, figure in figures_of(subjects).items():
+        if figure is not None:
+            path = folder / f"{name}.png"
+            figure.savefig(path, dpi=DPI)
+            files.append(path)
+    return files
+
+
+def figures_of(subjects: Sequence[Subject]) -> dict[str, Figure | None]:
+    """The figures by name; None where no subject has numbers for one."""
+    return {
         "score_by_length": score_figure(
             subjects, "_by_length", "length of the prompt (tokens)", "Score by length"
         ),
@@ -49,16 +60,9 @@ def draw_all(subjects: Sequence[Subject], folder: Path) -> list[Path]:
             "tokens from the evidence to the prompt's end",
             "Score by distance of the evidence",
         ),
-        "needle_heatmap": needle_figure(subjects),
+        "needle_map": needle_figure(subjects),
         "perplexity_by_position": perplexity_figure(subjects),
     }
-    files = []
-    for name, figure in figures.items():
-        if figure is not None:
-            path = folder / f"{name}.png"
-            figure.savefig(path, dpi=DPI)
-            files.append(path)
-    return files
 
 
 def score_figure(subjects: Sequence[Subject], ending: str, label: str, title: str) -> Figure | None:

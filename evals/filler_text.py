@@ -109,7 +109,7 @@ def folder_lines(place: str) -> tuple[str, ...]:
         found += text.splitlines()
     if not any(line.strip() for line in found):
         raise ValueError(
-            f"{root} has no text in *.py, *.md or *.txt for suites.recall_filler; "
+            f"{root} has no text in *.py, *.md or *.txt for eval.suites.recall_filler; "
             "name a folder or an installed package that has, or leave it empty"
         )
     return tuple(found)

@@ -73,7 +73,7 @@ def generated_examples(
         if count > budget:
             raise ValueError(
                 f"{name}: its shortest prompt has {count} tokens and {max_new_tokens} are "
-                f"generated, more than {length}; give suites.lengths a larger length"
+                f"generated, more than {length}; give eval.suites.lengths a larger length"
             )
         distance = depth = None
         if draft.evidence is not None:

@@ -7,13 +7,12 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from pathlib import Path
 from typing import Any
 
 from evals import infinitebench_scores as scores
 from evals import own_prompts, upstream_prompts
 from evals.data_files import Fields, Record, read_records
-from evals.example import PROMPTS_LOCAL, PROMPTS_OWN, PROMPTS_UPSTREAM, Example, SuiteTask
+from evals.example import PROMPTS_LOCAL, PROMPTS_OWN, PROMPTS_UPSTREAM, Example, SuiteTask, checked
 
 SUITE = "InfiniteBench"
 PAPER: tuple[str, ...] = ("longbook_qa_eng", "longbook_qa_chn")
@@ -104,7 +103,7 @@ def _examples(name: str, data: str, template: str) -> Iterator[Example]:
         answers = _answers(name, record, where)
         prompt = template.format(**_parts(name, record, where))
         found = prompt.find(answers[0]) if name in _NEEDLES else -1
-        yield Example(
+        example = Example(
             id=str(record.get("id", index)),
             prompt=prompt,
             answers=answers,
@@ -112,6 +111,7 @@ def _examples(name: str, data: str, template: str) -> Iterator[Example]:
             length=len(record["context"]),
             depth=found / len(prompt) if found >= 0 else None,
         )
+        yield checked(example, partial(score, name), where)
 
 
 _NEEDLES = ("passkey", "number_string", "kv_retrieval")
@@ -130,8 +130,9 @@ def _answers(name: str, record: Record, where: str) -> tuple[str, ...]:
         raise ValueError(f"{where}: answer holds other things than texts or numbers; mend the file")
     answers = tuple(str(x) for x in values)
     if name in ("math_find", "math_calc", "code_run"):
+        form = r"-?\d+(\.\d+)?" if name == "math_find" else r"-?\d+"
         for answer in answers:
-            if not re.fullmatch(r"-?\d+(\.\d+)?", answer):
+            if not re.fullmatch(form, answer):
                 raise ValueError(f"{where}: answer {answer!r} of {name} is no number; wrong file?")
     if name in _LETTERED:
         return _lettered(answers, record["options"], where)
@@ -170,12 +171,9 @@ def _parts(name: str, record: Record, where: str) -> dict[str, str]:
 
 def _template(name: str, folder: str) -> tuple[str, str]:
     if folder:
-        path = Path(folder).expanduser() / "src" / "prompt.py"
-        if not path.is_file():
-            raise ValueError(
-                f"{path} is not there; give the folder of a copy of OpenBMB/InfiniteBench, or "
-                "leave infinitebench_prompts empty"
-            )
+        path = upstream_prompts.file_in_copy(
+            folder, "src/prompt.py", upstream="OpenBMB/InfiniteBench", key="infinitebench_prompts"
+        )
         found = upstream_prompts.literals(path).get("yarn_mistral_templates", {})
         upstream_prompts.check_prompts(
             found,
@@ -191,7 +189,8 @@ def _template(name: str, folder: str) -> tuple[str, str]:
         {name: text},
         {name: SETS[name].harness_digest},
         source="lm-evaluation-harness",
-        mend="install lm_eval==0.4.13 or name a copy of InfiniteBench in infinitebench_prompts",
+        mend="install lm_eval==0.4.13 or name a copy of OpenBMB/InfiniteBench in "
+        "eval.suites.infinitebench_prompts",
     )
     return text, PROMPTS_UPSTREAM
 

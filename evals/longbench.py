@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 from evals import longbench_scores as scores
 from evals import own_prompts, upstream_prompts
@@ -147,12 +146,10 @@ def _examples(name: str, data: str, template: str) -> Iterator[Example]:
 def _template(name: str, folder: str) -> tuple[str, str]:
     wanted = {name: SETS[name].prompt_digest}
     if folder:
-        path = Path(folder).expanduser() / "LongBench" / "config" / "dataset2prompt.json"
-        if not path.is_file():
-            raise ValueError(
-                f"{path} is not there; give the folder of a copy of THUDM/LongBench, or leave "
-                "longbench_prompts empty"
-            )
+        file = "LongBench/config/dataset2prompt.json"
+        path = upstream_prompts.file_in_copy(
+            folder, file, upstream="THUDM/LongBench", key="longbench_prompts"
+        )
         found = json.loads(path.read_text(encoding="utf-8"))
         upstream_prompts.check_prompts(
             found, wanted, source=str(path), mend="take commit 2e00731 of THUDM/LongBench"
@@ -168,6 +165,7 @@ def _template(name: str, folder: str) -> tuple[str, str]:
         {name: text},
         wanted,
         source="lm-evaluation-harness",
-        mend="install lm_eval==0.4.13 or name a copy of THUDM/LongBench in longbench_prompts",
+        mend="install lm_eval==0.4.13 or name a copy of THUDM/LongBench in "
+        "eval.suites.longbench_prompts",
     )
     return text, PROMPTS_UPSTREAM

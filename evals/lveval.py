@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 from evals import longbench_scores, lveval_scores, own_prompts, upstream_prompts
 from evals.data_files import Fields, read_records, texts
@@ -95,12 +94,9 @@ def _examples(name: str, level: str, data: str, template: str) -> Iterator[Examp
 def _template(name: str, folder: str) -> tuple[str, str]:
     if not folder:
         return own_prompts.LVEVAL[name], PROMPTS_OWN
-    path = Path(folder).expanduser() / "config.py"
-    if not path.is_file():
-        raise ValueError(
-            f"{path} is not there; give the folder of a copy of infinigence/LVEval, or leave "
-            "lveval_prompts empty"
-        )
+    path = upstream_prompts.file_in_copy(
+        folder, "config.py", upstream="infinigence/LVEval", key="lveval_prompts"
+    )
     found = upstream_prompts.literals(path).get("DATASET_PROMPT", {})
     upstream_prompts.check_prompts(
         found,

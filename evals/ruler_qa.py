@@ -32,13 +32,13 @@ def qa_make(kind: str, folder: str, texts: dict[str, str]) -> Make:
     file = f"{kind}.json"
     path = Path(folder).expanduser() / file
     if not folder or not path.is_file():
-        where = str(path) if folder else "suites.ruler_data, which is empty,"
+        where = str(path) if folder else "eval.suites.ruler_data, which is empty,"
         source = (
             "SQuAD 2.0's dev-v2.0.json" if kind == "squad" else "HotpotQA's dev distractor file"
         )
         raise ValueError(
             f"RULER's qa tasks need {file} in {where}; put {source} there under that name, or "
-            "leave qa_1 and qa_2 out of suites.tasks"
+            "leave qa_1 and qa_2 out of eval.suites.tasks"
         )
 
     def make(rng: random.Random, size: int, index: int) -> Draft:

@@ -143,7 +143,7 @@ def haystack_words(folder: str, seed: int) -> tuple[str, ...]:
     if not words:
         raise ValueError(
             f"{root} has neither PaulGrahamEssays.json nor *.txt for RULER's haystacks; "
-            "put texts there or leave suites.ruler_data empty"
+            "put texts there or leave eval.suites.ruler_data empty"
         )
     return words
 

@@ -109,17 +109,20 @@ class SuiteConfig:
         """
         if self.max_examples < 0:
             raise ValueError(
-                f"suites.max_examples={self.max_examples} must not be negative; 0 takes all"
+                f"eval.suites.max_examples={self.max_examples} must not be negative; 0 takes all"
             )
         if self.samples < 1:
-            raise ValueError(f"suites.samples={self.samples} must be at least 1; set it to 20")
+            raise ValueError(f"eval.suites.samples={self.samples} must be at least 1; set it to 20")
         for length in self.lengths:
             if length < 256:
                 raise ValueError(
-                    f"suites.lengths has {length}; a generated example needs at least 256 tokens"
+                    f"eval.suites.lengths has {length}; a generated example needs at least 256 "
+                    "tokens; name 256 or more"
                 )
         if len(set(self.lengths)) != len(self.lengths):
-            raise ValueError(f"suites.lengths={list(self.lengths)} names one twice; name each once")
+            raise ValueError(
+                f"eval.suites.lengths={list(self.lengths)} names one twice; name each once"
+            )
 
 
 def task_names(config: SuiteConfig) -> list[str]:
@@ -151,6 +154,6 @@ def build_tasks(config: SuiteConfig, *, tokenizer: Tokenizer | None = None) -> l
         if not found:
             near = difflib.get_close_matches(pattern, [*known, *suites.GROUPS], n=1, cutoff=0.4)
             hint = f"did you mean {near[0]!r}?" if near else f"suites are {', '.join(SUITES)}"
-            raise ValueError(f"suites.tasks has {pattern!r}, which names no task; {hint}")
+            raise ValueError(f"eval.suites.tasks has {pattern!r}, which names no task; {hint}")
         wanted |= found
     return [suites.build(name, config, tokenizer) for name in known if name in wanted]

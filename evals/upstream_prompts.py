@@ -43,6 +43,27 @@ def lm_eval_installed() -> bool:
     return importlib.util.find_spec("lm_eval") is not None
 
 
+def file_in_copy(folder: str, file: str, *, upstream: str, key: str) -> Path:
+    """A file of a local copy of upstream.
+
+    Args:
+        folder: the copy's, as `eval.suites.KEY` has it.
+        file: its path in there.
+        upstream: OWNER/NAME, for the message.
+        key: likewise.
+
+    Raises:
+        ValueError: it is not there.
+    """
+    path = Path(folder).expanduser() / file
+    if not path.is_file():
+        raise ValueError(
+            f"{path} is not there; give the folder of a copy of {upstream}, or leave "
+            f"eval.suites.{key} empty"
+        )
+    return path
+
+
 class _Loader(yaml.SafeLoader):
     """YAML with the harness's `!function` tags, which are left unread."""
 

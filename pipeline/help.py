@@ -40,17 +40,23 @@ def option_summary(group: str, option: str) -> str:
     return next((line for line in comments if line and not line.startswith("@")), "")
 
 
+_SECTION_OF_STAGE = {"prepare": "data", "evaluate": "eval"}
+"""Stages whose section of settings has another name."""
+
+
 def help_text(section: str | None = None) -> str:
     """Text of `--help`, or of `--help SECTION`: every field with its default and meaning.
 
     Args:
-        section: `data`, or a section inside one, such as `data.dedup` or `data.sources.filters`.
+        section: `data`, or a section inside one, such as `data.dedup` or `data.sources.filters`;
+            or a stage.
 
     Raises:
         ValueError: unknown section.
     """
     sections = _sections_in(RunConfig)
     if section is not None:
+        section = _SECTION_OF_STAGE.get(section, section)
         first, *rest = section.split(".")
         if first not in sections:
             raise ValueError(f"{first} is not a section{nearest(first, list(sections))}")

@@ -43,8 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _main(words: list[str]) -> int:
     debug = any(word.replace(" ", "").lower() == "run.debug=true" for word in words)
     try:
-        if not words or words[0] in ("-h", "--help", "help"):
-            print(help_text(words[1] if len(words) > 1 else None))
+        if not words or words[0] == "help" or {"-h", "--help"} & set(words):
+            print(help_text(_section_asked(words)))
             return 0
         show = "--cfg" in words
         config = compose([word for word in words if word != "--cfg"])
@@ -70,6 +70,12 @@ def _report(error: BaseException, debug: bool) -> int:
     where = f" on rank {rank}" if rank else ""
     print(f"error{where}: {line}{hint}", file=sys.stderr)
     return EXIT_USER_ERROR
+
+
+def _section_asked(words: list[str]) -> str | None:
+    """The section in `--help SECTION`, wherever it stands: the first word without a value."""
+    names = [word for word in words if word not in ("-h", "--help", "help") and "=" not in word]
+    return names[0] if names else None
 
 
 def _run(config: RunConfig) -> int:

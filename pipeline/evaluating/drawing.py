@@ -14,21 +14,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from evals.bins import parse_label
+from evals.compare_plots import COLOURS
 from evals.table import ROW_TITLES
 
 Series = list[tuple[str, str, dict[str, dict[str, float]]]]
 """(name, title, metrics by task) of each mixer and control that was measured."""
 
-# Okabe and Ito's palette, told apart by people with colour blindness too.
-COLOURS = {
-    "full": "#000000",
-    "swa": "#E69F00",
-    "mamba2": "#009E73",
-    "allmem": "#0072B2",
-    "memory_off": "#CC79A7",
-    "write_off": "#D55E00",
-    "state_shuffled": "#56B4E9",
-}
 MARKERS = {"full": "o", "swa": "s", "mamba2": "^", "allmem": "D"}
 
 

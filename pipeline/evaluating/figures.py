@@ -10,29 +10,18 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from evals.compare_plots import needle_figure, perplexity_figure, score_figure
+from evals.compare_plots import COLOURS, figures_of
 from evals.paper_tables import subjects_of
-from pipeline.evaluating.drawing import COLOURS, MARKERS, measured, shared_legend, subject_title
+from pipeline.evaluating.drawing import MARKERS, measured, shared_legend, subject_title
 
 Bins = dict[str, float]
 
 
 def task_figures(results: Mapping[str, Any]) -> dict[str, Figure | None]:
     """The figures by name; None where the results have nothing to show."""
-    subjects = subjects_of({"": results}, controls=True)
     return {
         "scores": scores_figure(results),
-        "score_by_length": score_figure(
-            subjects, "_by_length", "length of the prompt (tokens)", "Score by length"
-        ),
-        "score_by_distance": score_figure(
-            subjects,
-            "_by_distance",
-            "tokens from the evidence to the prompt's end",
-            "Score by distance of the evidence",
-        ),
-        "needle_map": needle_figure(subjects),
-        "perplexity_by_position": perplexity_figure(subjects),
+        **figures_of(subjects_of({"": results}, controls=True)),
         "memory_norms": norms_figure(results),
     }
 

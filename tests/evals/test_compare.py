@@ -132,7 +132,7 @@ def test_a_page_and_figures_are_written(tmp_path: Path) -> None:
     page = (out / "comparison.md").read_text()
     assert "- **one**: recipe tiny, window 2,048, commit abc" in page
     assert "new: allmem" in page
-    names = ["score_by_length", "score_by_distance", "needle_heatmap", "perplexity_by_position"]
+    names = ["score_by_length", "score_by_distance", "needle_map", "perplexity_by_position"]
     for name in names:
         assert f"]({name}.png)" in page
         picture = images.imread(out / f"{name}.png")

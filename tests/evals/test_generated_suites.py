@@ -244,7 +244,9 @@ def test_questions_come_from_their_own_files(tmp_path: Path, task: str, file: st
 
 
 def test_questions_without_their_file_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"need squad.json in suites.ruler_data, which is empty"):
+    with pytest.raises(
+        ValueError, match=r"need squad.json in eval.suites.ruler_data, which is empty"
+    ):
         built(f"ruler/qa_1_{LENGTH}")
     with pytest.raises(ValueError, match=r"hotpotqa.json"):
         built(f"ruler/qa_2_{LENGTH}", ruler_data=str(tmp_path))

@@ -132,6 +132,8 @@ def test_a_wrong_record_is_refused_with_its_place(
         ("passkey", {**INFINITEBENCH, "answer": []}, "empty list"),
         ("code_run", INFINITEBENCH, "calls no func_N"),
         ("code_run", {**INFINITEBENCH, "answer": ["x"]}, "is no number"),
+        ("code_run", {**INFINITEBENCH, "input": "func_1(2)", "answer": 0.5}, "'0.5' .* is no"),
+        ("math_calc", {**INFINITEBENCH, "answer": [1, 2.5]}, "'2.5' .* is no number"),
         ("math_find", {**INFINITEBENCH, "answer": 3}, "asks for no number"),
         ("code_debug", {**INFINITEBENCH, "answer": ["z"], "options": list("abcd")}, "none of the"),
         ("code_debug", INFINITEBENCH, "0 options instead of 4"),

@@ -187,6 +187,10 @@ def test_help_names_stages_recipes_and_every_setting(capsys: pytest.CaptureFixtu
         assert f"convert.{field.name}" in section
     with pytest.raises(ValueError, match="did you mean convert"):
         help_text("convrt")
+    assert main(["stage=evaluate", "--help", "evaluate"]) == 0
+    assert "eval.suites" in capsys.readouterr().out
+    assert main(["stage=evaluate", "-h"]) == 0
+    assert "Sections" in capsys.readouterr().out
     assert "--help data.sources" in help_text("data")
     assert "data.sources.filters" in help_text("data.sources")
     assert "ISO 639-1" in help_text("data.sources.filters")
