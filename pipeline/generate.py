@@ -6,7 +6,7 @@ comes, everything else to stderr. The state after a document can be saved and as
 
 from __future__ import annotations
 
-import contextlib
+import os
 import resource
 import sys
 import textwrap
@@ -23,12 +23,14 @@ from allmem_hf.state_allmem import load_state, save_state
 from pipeline.config import build
 from pipeline.console import Reporter
 from pipeline.generation import Generator, Reading
+from pipeline.generation_choice import check_sampling
+from pipeline.generation_input import check_files, check_text, read_text
 from pipeline.generation_open import MixerChoice, Opened, open_model
 from pipeline.generation_text import Prompter, Streamer
 from pipeline.help import field_docs
 from pipeline.survival import EXIT_USER_ERROR
 
-EXIT_INTERRUPTED = 130
+EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 130, 141  # 128 + SIGINT, 128 + SIGPIPE
 _SHOWN_FROM = 1024  # tokens: shorter texts need no progress bar
 
 
@@ -59,7 +61,8 @@ class Options:
     load_state: Path | None = None
     """Begin where a saved state ended, in the place of a document."""
     interactive: bool = False
-    """Ask for one question after the other, each about the same document; an empty line ends."""
+    """After the prompt, if there is one: one question a line from standard input, each about the
+    same document; an empty line ends."""
     mode: str | None = None
     """full, swa, mamba2 or allmem. Default: the model's own; full for a base model."""
     window_size: int | None = None
@@ -81,6 +84,18 @@ class Options:
         if self.max_new_tokens < 0:
             raise ValueError(
                 f"max_new_tokens={self.max_new_tokens} is negative; set it to 0 or more"
+            )
+        if self.prefill_chunk < 1:
+            raise ValueError(
+                f"prefill_chunk={self.prefill_chunk} is below 1; set it to 1 or more, such as 4096"
+            )
+        if not 0 <= self.seed < 1 << 63:
+            raise ValueError(f"seed={self.seed} is not in [0, 2^63); choose a smaller number")
+        check_sampling(self.temperature, self.top_p)
+        if self.interactive and self.prompt_file == "-":
+            raise ValueError(
+                "prompt_file=- reads standard input to its end, and interactive=true reads the "
+                "questions there; name a file, or save_state=FILE first"
             )
         if self.load_state and self.prompt_file:
             raise ValueError("load_state stands in the place of prompt_file; leave one of them out")
@@ -115,7 +130,8 @@ def parse(words: Sequence[str]) -> Options:
     """Options from `key=value` words.
 
     Raises:
-        ValueError: a word without `=`, an unknown key (the nearest is named), a wrong value.
+        ValueError: a word without `=`, an unknown key (the nearest is named), a key that comes
+            twice, a wrong value.
     """
     hints = typing.get_type_hints(Options)
     values: dict[str, typing.Any] = {}
@@ -123,20 +139,43 @@ def parse(words: Sequence[str]) -> Options:
         key, equals, value = word.partition("=")
         if not equals:
             raise ValueError(f"{word!r} is not key=value; write prompt='…' for a text (see --help)")
+        if key in values:
+            raise ValueError(f"{key} is given twice; leave one of them out")
         is_text = key in hints and str in (hints[key], *typing.get_args(hints[key]))
-        values[key] = value if is_text or hints.get(key) is Path else yaml.safe_load(value)
+        is_path = Path in (hints.get(key), *typing.get_args(hints.get(key)))
+        try:
+            values[key] = value if is_text or is_path else yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(
+                f"{word!r} cannot be read; give a number, true, false or a name"
+            ) from error
     options: Options = build(Options, values)
     return options
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Run the command line. Returns the exit status: 0, 2 (an error to mend), 130 (interrupted)."""
+    """Run the command line.
+
+    Returns:
+        the exit status: 0, 2 (an error to mend), 130 (interrupted) or 141 (who read the answer has
+        gone, as `| head` does).
+    """
     given = list(sys.argv[1:] if words is None else words)
-    if not given or given[0] in ("-h", "--help", "help"):
+    if not given or {"-h", "--help", "help"} & set(given):
         print(help_text())
         return 0
     try:
         _Session(parse(given)).run()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the end
+        return EXIT_BROKEN_PIPE
+    except torch.OutOfMemoryError as error:
+        print(
+            f"error: the GPU has too little memory ({str(error).splitlines()[0]}); set a smaller "
+            "prefill_chunk, or dtype=bfloat16",
+            file=sys.stderr,
+        )
+        return EXIT_USER_ERROR
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_USER_ERROR
@@ -151,8 +190,14 @@ class _Session:
 
     def __init__(self, options: Options) -> None:
         self.options = options
+        check_text("prompt", options.prompt)
+        check_files(options.prompt_file, options.load_state, options.save_state)
         self.reporter = Reporter(every_s=10.0)
         self.device = _device(options.device)
+        if options.cuda_graph and self.device.type != "cuda":
+            raise ValueError(
+                f"cuda_graph=true needs a CUDA device, this is {self.device}; leave it out"
+            )
         self.opened: Opened = open_model(
             options.model,
             MixerChoice(
@@ -164,6 +209,11 @@ class _Session:
             device=self.device,
             dtype=_dtype(options.dtype, self.device),
         )
+        if options.cuda_graph and self.opened.model.config.attention_window is None:
+            raise ValueError(
+                "cuda_graph=true needs a window, whose steps are all alike; this is full attention:"
+                " leave cuda_graph out, or set mode=swa or allmem"
+            )
         self.generator = Generator(
             self.opened.model, prefill_chunk=options.prefill_chunk, cuda_graph=options.cuda_graph
         )
@@ -182,7 +232,7 @@ class _Session:
         has_document = options.load_state is not None
         if start is None:
             has_document = bool(options.prompt_file)
-            document = _text(options.prompt_file) if options.prompt_file else ""
+            document = read_text(options.prompt_file) if options.prompt_file else ""
             alone = not options.prompt_file and (options.save_state or not chat)
             ids = prompter.document(options.prompt if alone else document)
             rest = "" if alone else options.prompt
@@ -191,10 +241,10 @@ class _Session:
             rest = options.prompt
         if options.save_state is not None:
             self._save(start, chat)
+        if rest or not (options.save_state or options.interactive):
+            self._answer(prompter.question(rest, after_document=has_document), start)
         if options.interactive:
             self._ask(prompter, start, has_document)
-        elif rest or not options.save_state:
-            self._answer(prompter.question(rest, after_document=has_document), start)
         self._report()
 
     def _loaded(self) -> tuple[Reading, bool]:
@@ -240,7 +290,7 @@ class _Session:
         """Read a question, then write its answer to stdout."""
         if ids or start is None:
             start = self._read(ids, start)
-        streamer = Streamer(self.opened.tokenizer, _say)
+        streamer = Streamer(self.opened.tokenizer, _say, before=ids[-1:])
         began = time.perf_counter()
         (generation,) = self.generator.generate(
             [[]],
@@ -311,18 +361,6 @@ def _questions() -> Iterator[str]:
         yield line
 
 
-def _text(path: str) -> str:
-    if path == "-":
-        return sys.stdin.read()
-    file = Path(path)
-    if not file.is_file():
-        raise ValueError(f"prompt_file={path} is not there; name a text file, or - for stdin")
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"prompt_file={path} is not UTF-8 text ({error}); convert it") from error
-
-
 def _device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("device=cuda is not there; set device=cpu or auto")
@@ -338,5 +376,4 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(BrokenPipeError):
-        sys.exit(main())
+    sys.exit(main())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -19,15 +20,26 @@ def check_asked(
     """
     if isinstance(prompts, str) or any(isinstance(prompt, str) for prompt in prompts):
         raise ValueError("a prompt is text; give token ids, tokenizer(text)['input_ids']")
-    if temperature < 0:
-        raise ValueError(f"temperature={temperature} is negative; set it to 0 or more")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p={top_p} is not in (0, 1]; set it to 1 to sample among all")
+    check_sampling(temperature, top_p)
     for name, value in given.items():
         if value is not None and not isinstance(value, int) and len(value) != len(prompts):
             raise ValueError(
                 f"{len(value)} {name} do not fit {len(prompts)} prompts; give one a prompt"
             )
+
+
+def check_sampling(temperature: float, top_p: float) -> None:
+    """Refuse numbers by which no token can be drawn.
+
+    Raises:
+        ValueError: with the value, the rule and the mend.
+    """
+    if not 0 <= temperature < math.inf:
+        raise ValueError(
+            f"temperature={temperature} is not in [0, inf); set it to 0 for the likeliest tokens"
+        )
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p={top_p} is not in (0, 1]; set it to 1 to sample among all")
 
 
 def choose(logits: Tensor, drawn: Tensor, *, temperature: float, top_p: float = 1.0) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from data_prep.tokenize import MAX_CHARACTERS, TokenizerLike, cut_text, encode_text
@@ -70,11 +70,25 @@ class Prompter:
 class Streamer:
     """Says the text of tokens as they come, as soon as its characters are complete."""
 
-    def __init__(self, tokenizer: TokenizerLike, say: Callable[[str], None]) -> None:
-        """Args: tokenizer: decodes; say: gets each new piece of text."""
+    def __init__(
+        self, tokenizer: TokenizerLike, say: Callable[[str], None], *, before: Sequence[int] = ()
+    ) -> None:
+        """Args:
+        tokenizer: decodes.
+        say: gets each new piece of text.
+        before: the last token or so of what is continued: tokenizers of Llama's kind decode
+            the space before a word only behind another token.
+        """
         self._tokenizer, self._say = tokenizer, say
-        self._tokens: list[int] = []
-        self._said = 0
+        self._begin(list(before))
+
+    def _begin(self, before: list[int]) -> None:
+        """From here on only these tokens stand before what is decoded."""
+        self._tokens = before
+        text = self._text()
+        if text.endswith("\ufffd"):  # half a character: it would change with the next token
+            self._tokens, text = [], ""
+        self._said = len(text)
 
     def add(self, token: int) -> None:
         """Take a token; characters of which bytes are missing wait for the next one."""
@@ -84,7 +98,7 @@ class Streamer:
             return
         self._emit(text)
         if text.endswith("\n"):  # begin anew: what is decoded again and again stays short
-            self._tokens, self._said = [], 0
+            self._begin([token])
 
     def end(self) -> None:
         """Say what is left."""

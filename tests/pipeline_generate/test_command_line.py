@@ -9,8 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from pipeline.generate import help_text, main, parse
+from pipeline.generation_text import Streamer
 from tests.pipeline_generate.conftest import DEMO
 
 ROOT = Path(__file__).parents[2]
@@ -127,7 +130,13 @@ def test_a_seed_draws_the_same_text_again(ask):
         (["prompt=x", "mode=swap"], "is not one of full, swa"),
         (["load_state=a", "prompt_file=b"], "leave one of them out"),
         (["prompt=x", "chunk_size=65"], "chunk_size=65 exceeds window_size=64"),
-        (["prompt=x", "device=tpu"], "is not one of auto, cpu, cuda"),
+        (["prompt=x", "dtype=int4"], "is not one of auto, float32, bfloat16"),
+        (["prompt=x", "max_new_tokens=["], "'max_new_tokens=[' cannot be read"),
+        (["prompt=x", "prompt=y"], "prompt is given twice"),
+        (["prompt=x", "seed=99999999999999999999"], "choose a smaller number"),
+        (["prompt=a\udcffb"], "prompt is not UTF-8 text (at character 1)"),
+        (["prompt=x", "cuda_graph=true"], "cuda_graph=true needs a CUDA device, this is cpu"),
+        (["prompt_file=-", "interactive=true"], "name a file, or save_state=FILE first"),
     ],
 )
 def test_errors_are_one_line_with_a_mend(ask, words, said):
@@ -136,6 +145,78 @@ def test_errors_are_one_line_with_a_mend(ask, words, said):
     line = [line for line in error.splitlines() if line.startswith("error: ")]
     assert len(line) == 1
     assert said in line[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["prompt=x", "temperature=-1"], "temperature=-1.0 is not in [0, inf)"),
+        (["prompt=x", "temperature=.nan"], "temperature=nan is not in [0, inf)"),
+        (["prompt=x", "top_p=0"], "top_p=0.0 is not in (0, 1]"),
+        (["prompt=x", "prefill_chunk=0"], "prefill_chunk=0 is below 1"),
+        (["prompt_file=."], "prompt_file=. is not there, or no file"),
+        (["prompt=x", "load_state=absent.state"], "is not there, or no file; save one"),
+        (["prompt=x", "save_state=."], "name one in a folder that is yours"),
+        (["prompt=x", f"save_state={__file__}/a.state"], "name one in a folder that is yours"),
+    ],
+)
+def test_what_is_wrong_is_said_before_a_model_is_loaded(ask, tmp_path, words, said):
+    assert said in ask(*words, model=tmp_path / "absent")[2]
+
+
+def test_texts_that_are_empty_or_no_text_are_refused(ask, tmp_path, monkeypatch):
+    file = tmp_path / "a.txt"
+    for content, said in ((b"", "is empty; name another"), (b"a\xff", "is not UTF-8 text")):
+        file.write_bytes(content)
+        assert said in ask(f"prompt_file={file}")[2]
+        for errors in ("strict", "surrogateescape"):  # as locales differ
+            stdin = io.TextIOWrapper(io.BytesIO(content), encoding="utf-8", errors=errors)
+            monkeypatch.setattr("sys.stdin", stdin)
+            assert said in ask("prompt_file=-")[2]
+
+
+def test_a_prompt_is_answered_before_the_questions(ask, document, monkeypatch):
+    words = (f"prompt_file={document}", "max_new_tokens=6")
+    both = [ask(*words, f"prompt={prompt}")[1] for prompt in ("# recall: amber", "def add(")]
+    monkeypatch.setattr("sys.stdin", io.StringIO("def add(\n"))
+    assert ask(*words, "prompt=# recall: amber", "interactive=true")[1] == "".join(both)
+
+
+def test_a_reader_that_goes_away_ends_the_program_quietly(ask, monkeypatch):
+    reading, writing = os.pipe()
+    os.close(reading)  # as head does
+    with open(writing, "w") as stdout:
+        monkeypatch.setattr("sys.stdout", stdout)
+        status, _, said = ask("prompt=def add(", "max_new_tokens=4")
+        print("what is still in the buffer goes nowhere", file=stdout)
+    assert status == 141
+    assert "error" not in said
+
+
+def test_spaces_before_words_and_lines_are_streamed_with_llamas_kind_of_tokenizer():
+    words = ["<unk>", "▁def", "▁f", ":", "\n", "▁", "▁return", "▁x", "é", "<0xC3>", "<0xA9>"]
+    model = models.BPE(
+        vocab={word: i for i, word in enumerate(words)}, merges=[], unk_token="<unk>"
+    )
+    backend = Tokenizer(model)
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    ids = [words.index(word) for word in ("▁def", "▁f", ":", "\n", "▁", "▁", "▁return", "▁x")]
+    for read in range(len(ids)):
+        said: list[str] = []
+        streamer = Streamer(tokenizer, said.append, before=ids[:read][-1:])
+        for token in ids[read:]:
+            streamer.add(token)
+        streamer.end()
+        whole, head = tokenizer.decode(ids), tokenizer.decode(ids[:read])
+        assert head + "".join(said) == whole
+    said = []
+    streamer = Streamer(tokenizer, said.append, before=[words.index("<0xC3>")])
+    streamer.add(words.index("<0xA9>"))
+    streamer.add(words.index("é"))
+    streamer.end()
+    assert "".join(said).endswith("é")
 
 
 def test_models_that_are_not_there_are_refused(ask, tmp_path):
