@@ -1,6 +1,7 @@
 """Compiles the kernels of a decode step for Hopper without a GPU; run by a test.
 
-python hopper_decode.py OUT.json: a list of {kernel, shape, dtype, registers, spilled, shared}.
+python hopper_decode.py OUT.json DTYPES MIXERS, each separated by commas: a list of {kernel, shape,
+dtype, registers, spilled, shared}.
 """
 
 from __future__ import annotations
@@ -34,12 +35,14 @@ MIXERS = {
 }  # fmt: skip
 """Memory heads and their width; key-value heads, query heads of each and their width."""
 SIZES = (1024, 2048, 4096, 8192)
+ITEM = {"bf16": 2, "fp32": 4}
 
 
-def cases(item: int) -> list[tuple[str, Any, dict[str, Any]]]:
+def cases(item: int, shapes: list[str]) -> list[tuple[str, Any, dict[str, Any]]]:
     """Shape, kernel, and keyword arguments of the launch."""
     found: list[tuple[str, Any, dict[str, Any]]] = []
-    for shape, (heads, width, kv_heads, group, wide) in MIXERS.items():
+    for shape in shapes:
+        heads, width, kv_heads, group, wide = MIXERS[shape]
         memory = {"H": heads, "K": width, "F": 2 * width, "P": 2048, "TAPS": 4}
         memory |= decode.memory_blocks(width, 2 * width, 4)
         found.append((shape, decode_kernels.memory_step_kernel, memory))
@@ -76,8 +79,8 @@ def compiled(kernel: Any, constants: dict[str, Any], dtype: str) -> Any:
 
 def main() -> None:
     found = []
-    for dtype, item in (("bf16", 2), ("fp32", 4)):
-        for shape, kernel, constants in cases(item):
+    for dtype in sys.argv[2].split(","):
+        for shape, kernel, constants in cases(ITEM[dtype], sys.argv[3].split(",")):
             row = {"kernel": kernel.__name__, "shape": shape, "dtype": dtype}
             found.append({**row, **usage(compiled(kernel, constants, dtype))})
     Path(sys.argv[1]).write_text(json.dumps(found), encoding="utf-8")
