@@ -28,18 +28,18 @@ START_S = 180.0
 STOP_S = 10.0
 """Seconds that it gets to end before it is killed."""
 
-RUNS = "/#/experiments/{experiment}/runs?workflowType=machine_learning"
-CHARTS = RUNS + "&compareRunsMode=CHART"
-FLAT = f"&orderByKey={quote('attributes.`Run Name`')}&orderByAsc=true&searchFilter="
+RUNS = "/#/experiments/{experiment}/runs?workflowType=machine_learning&orderByAsc="
+FLAT = f"true&orderByKey={quote('attributes.run_name')}&searchFilter="
 """Sorted by another column than the date, MLflow does not fold children away under parents."""
 
 PAGES = {
-    "all runs": RUNS,
-    "headlines of each run": CHARTS,
-    "training curves": CHARTS + FLAT + quote("tags.kind = 'training'"),
-    "mixers side by side": CHARTS + FLAT + quote("tags.kind = 'mixer'"),
+    "all runs": RUNS + "false&orderByKey=attributes.start_time&searchFilter=&compareRunsMode=",
+    "headlines of each run": RUNS + FLAT + "tags.kind+%3D+'recipe'&compareRunsMode=CHART",
+    "training curves": RUNS + FLAT + "tags.kind+%3D+'training'&compareRunsMode=CHART",
+    "mixers side by side": RUNS + FLAT + "tags.kind+%3D+'mixer'&compareRunsMode=CHART",
 }
-"""What a person looks for, and where it is."""
+"""What a person looks for, and where it is. All say how to sort and what to search for, because
+MLflow otherwise does as on the page before."""
 
 SERVER_ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",

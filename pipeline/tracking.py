@@ -2,7 +2,7 @@
 
 A thread on rank 0 reads the stage's `metrics.jsonl` and sends its lines in batches. The file is the
 queue: what a dead server did not take is sent later, by this process or by the next one. How far
-the server is, is asked of the server (metric `progress/logged_step`), and every point has the time
+the server is, is asked of the server (metric `logged_step`), and every point has the time
 of its line, so that one that is sent twice, because a hung server took it after all, is one.
 
 One parent run a run.dir, one child run a stage, one run under `evaluate` for each mixer. The

@@ -18,8 +18,8 @@ from typing import Any
 from pipeline.tracking_names import metric_name
 
 _BINNED = (
-    ("_by_length", "eval by prompt length in tokens"),
-    ("_by_distance", "eval by distance of the evidence in tokens"),
+    ("_by_length", "eval by length"),
+    ("_by_distance", "eval by distance"),
     ("_by_layer", "memory by layer"),
 )
 _NORM = re.compile(r"(weights|momentum)_norm_layer_(\d+)_by_position")
@@ -50,7 +50,9 @@ def points_of(
         about: `tasks` of the results, which name each task's score.
     """
     scores = [
-        Point(name=metric_name(f"eval scores/{task}"), step=0, value=float(tasks[task][metric]))
+        Point(
+            name=metric_name(f"eval scores/{_flat(task)}"), step=0, value=float(tasks[task][metric])
+        )
         for task, metric in ((task, known["metric"]) for task, known in about.items())
         if task in tasks and isinstance(tasks[task].get(metric), int | float)
     ]
@@ -65,7 +67,7 @@ def _points(task: str, metrics: Mapping[str, Any]) -> Iterator[Point]:
         if not isinstance(value, int | float):
             continue
         if name is None:
-            yield Point(name=metric_name(f"eval/{task}/{key}"), step=0, value=float(value))
+            yield Point(name=metric_name(f"eval: {_flat(task)}/{key}"), step=0, value=float(value))
         elif (step := lower_bound(key)) is not None:
             yield Point(name=metric_name(name), step=step, value=float(value))
 
@@ -74,13 +76,18 @@ def _binned_name(task: str) -> str | None:
     """Section and name of a task that is made of bins, or None."""
     if found := _NORM.fullmatch(task):
         kind, layer = found.groups()
-        return f"memory by tokens read/{kind} norm layer {int(layer):02d}"
+        return f"memory by position/{kind}_norm layer {int(layer):02d}"
     if task.endswith("_by_position"):
-        return f"eval by position in tokens/{task.removesuffix('_by_position')}"
+        return f"eval by position/{_flat(task.removesuffix('_by_position'))}"
     for ending, section in _BINNED:
         if task.endswith(ending):
-            return f"{section}/{task.removesuffix(ending)}"
+            return f"{section}/{_flat(task.removesuffix(ending))}"
     return None
+
+
+def _flat(task: str) -> str:
+    """A task's name without `/`, which would make a section of its own for each suite."""
+    return task.replace("/", " ")
 
 
 def lower_bound(key: str) -> int | None:

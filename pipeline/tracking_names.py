@@ -1,7 +1,7 @@
 """Names of metrics in MLflow: sections in the order in which a person looks for them.
 
-MLflow's charts stand in sections by what comes before a name's last `/`. `metrics.jsonl` keeps its
-own names; here they get the section in which they are shown.
+MLflow's charts stand in sections, sorted by name, by what comes before a name's last `/`.
+`metrics.jsonl` keeps its own names; here they get the section in which they are shown.
 """
 
 from __future__ import annotations
@@ -10,20 +10,20 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-LOGGED_STEP = "progress/logged_step"
+LOGGED_STEP = "train: progress/logged_step"
 """Metric that says up to which step a run is shipped."""
 
-LOGGED_SAMPLE = "progress/logged_sample"
+LOGGED_SAMPLE = "train: progress/logged_sample"
 """The same for the machine's metrics, which are numbered by sample."""
 
 SECTIONS = {
     "tokens_per_s": "throughput/tokens_per_s",
     "flops_per_s": "throughput/flops_per_s",
     "mfu": "throughput/mfu",
-    "tokens": "progress/tokens",
-    "loss_tokens": "progress/loss_tokens",
-    "skipped_steps": "progress/skipped_steps",
-    "loss_spikes": "progress/loss_spikes",
+    "tokens": "train: progress/tokens",
+    "loss_tokens": "train: progress/loss_tokens",
+    "skipped_steps": "train: progress/skipped_steps",
+    "loss_spikes": "train: progress/loss_spikes",
 }
 """Where names of `metrics.jsonl` that have no section go."""
 
@@ -62,18 +62,18 @@ def is_headline(name: str) -> bool:
 def shown_name(name: str) -> str:
     """The name in MLflow of a metric of `metrics.jsonl`, with its section.
 
-    `MIXER/TASK/METRIC` of an evaluation's headline becomes `eval/METRIC MIXER`, so that the mixers
+    `MIXER/TASK/METRIC` of an evaluation's headline becomes `eval/MIXER METRIC`, so that the mixers
     stand side by side.
     """
     if name in EVALUATION_HEADLINES:
         mixer, _, metric = name.split("/")
-        return metric_name(f"eval/{metric} {mixer}")
+        return metric_name(f"eval/{mixer} {metric}")
     if name.startswith("memory/"):
-        # memory/alpha_abs/mean → memory/alpha_abs mean; layers in a section of their own
+        # means first; what there is more of stands behind the losses
         _, kind, what = name.split("/", 2)
-        return metric_name(
-            f"memory by layer/{kind} {what}" if "layer_" in what else f"memory/{kind} {what}"
-        )
+        section = "memory" if what == "mean" else "train: memory spread"
+        section = "train: memory by layer" if what.startswith("layer_") else section
+        return metric_name(f"{section}/{kind} {what}")
     return metric_name(SECTIONS.get(name, name))
 
 

@@ -274,8 +274,8 @@ def test_the_parent_gets_the_headlines_of_an_evaluation_and_the_tag_of_the_data(
         context.log(0, {**headlines, "swa/text/loss": 1.0})
     parent = "tiny " + tmp_path.name
     shown = {
-        f"eval/exact_match_outside_window allmem {LABEL}": 0.5,
-        f"eval/loss_beyond_window swa {LABEL}": 2.0,
+        f"eval/allmem exact_match_outside_window {LABEL}": 0.5,
+        f"eval/swa loss_beyond_window {LABEL}": 2.0,
     }
     for name, value in shown.items():
         assert history(tmp_path, parent, name) == [(0, value)]
