@@ -178,19 +178,24 @@ class Prompt:
     """Tokens of the prompt that were cut out of its middle; 0 where it fitted."""
 
 
-def evidence_distance(example: Example, num_tokens: int) -> int | None:
+def evidence_distance(example: Example, num_tokens: int, num_cut: int) -> int | None:
     """Tokens from the evidence to the end of the prompt; from its depth where that is all we know.
 
     Args:
         example: whose evidence.
-        num_tokens: of the whole prompt, with what was cut: what is cut keeps its end.
+        num_tokens: of the prompt as it is asked.
+        num_cut: tokens that were cut out of its middle before.
 
     Returns:
-        None where the evidence's place is not known.
+        None where the evidence's place is not known, and where it was cut out.
     """
-    if example.distance is not None or example.depth is None:
-        return example.distance
-    return round((1 - example.depth) * num_tokens)
+    distance = example.distance
+    if distance is None and example.depth is not None:
+        distance = round((1 - example.depth) * (num_tokens + num_cut))
+    if distance is None or num_cut == 0 or distance <= num_tokens // 2:
+        return distance
+    distance -= num_cut
+    return distance if distance >= num_tokens // 2 else None
 
 
 def truncate_middle(tokens: Sequence[int], limit: int) -> tuple[Sequence[int], Sequence[int]]:

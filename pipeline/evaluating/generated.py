@@ -176,7 +176,7 @@ class TaskRuns:
             self.subjects.speaker(subject),
             self.context,
             subject=subject.name,
-            key=self._key(subject),
+            key=self.subjects.key(subject, program_digest(), self.subjects.config.run.seed),
             limit=self.settings.short_limit,
             batch_size=generation.batch_size,
             seed=self.subjects.config.run.seed,
@@ -194,10 +194,9 @@ class TaskRuns:
         )
 
     def _key(self, subject: Subject) -> str:
-        generation = self.settings.generation
-        return self.subjects.key(
-            subject, program_digest(), asdict(self._sampling()), generation.thinking
-        )
+        sampling = self._sampling()
+        drawn = asdict(sampling) if sampling.temperature else None
+        return self.subjects.key(subject, program_digest(), drawn)
 
     def _wants_chat(self, subject: Subject) -> bool:
         """Whether tasks that want the chat template get it.

@@ -210,7 +210,7 @@ def suite_metrics(prepared: Prepared, texts: Sequence[Sequence[str]], asking: As
     (they score by the suite's rule, mostly 0). `num_refused` more were too long for a suite that
     cuts nothing. Where the evidence's place is known, `METRIC_outside_window` is the score of the
     `n_outside_window` examples whose evidence ends neither inside the window of the prompt's last
-    token nor among the sinks.
+    token nor among the sinks; evidence that was cut out with the middle is not counted there.
     """
     task, examples = prepared.task, prepared.examples
     counts = {"n": float(len(examples)), "num_refused": float(len(prepared.refused))}
@@ -232,7 +232,7 @@ def suite_metrics(prepared: Prepared, texts: Sequence[Sequence[str]], asking: As
         f"{prepared.name}_by_length": binned(lengths, scores, length_bins(lengths), task.aggregate),
     }
     distances = [
-        evidence_distance(example, length + cut)
+        evidence_distance(example, length, cut)
         for example, length, cut in zip(examples, lengths, prepared.num_cut, strict=True)
     ]
     outside = [

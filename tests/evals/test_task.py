@@ -155,10 +155,15 @@ def test_distances_come_from_the_depth_where_that_is_known() -> None:
     words = Words()
     given = example("a b c d", depth=0.25)
     prompt = prepare_prompt(task(), given, words, max_positions=100)
-    whole = len(prompt.tokens) + prompt.num_cut
-    assert evidence_distance(given, whole) == 3
-    assert evidence_distance(example("a", distance=7), whole) == 7
-    assert evidence_distance(example("a"), whole) is None
+    assert evidence_distance(given, len(prompt.tokens), prompt.num_cut) == 3
+    assert evidence_distance(example("a", distance=7), 100, 0) == 7
+    assert evidence_distance(example("a"), 100, 0) is None
+
+
+def test_evidence_is_as_far_as_the_cut_prompt_has_it() -> None:
+    places = {0.0: 100, 0.04: 60, 0.1: None, 0.9: None, 0.96: 40, 1.0: 0}
+    found = {d: evidence_distance(example("a", depth=d), 100, 900) for d in places}
+    assert found == places
 
 
 def test_aggregates_are_percent_and_refuse_nothing_to_average() -> None:

@@ -198,6 +198,8 @@ def test_what_changes_an_answer_and_nothing_else_is_asked_anew(task_run: Any) ->
     assert asked(config) == {"full": 2, "swa": 2, "allmem": 2}
     task_run.train("convert", alpha=0.2)
     assert asked(config) == {"full": 2, "swa": 2, "allmem": 4}
+    seeded = dataclasses.replace(config, run=dataclasses.replace(config.run, seed=5))
+    assert asked(seeded) == {"full": 2, "swa": 2, "allmem": 4}  # greedy
     narrow = dataclasses.replace(config, eval=dataclasses.replace(config.eval, window_size=10))
     assert asked(narrow) == {"full": 2, "swa": 4, "allmem": 6}
     file = task_run.base_dir / "longbench" / "2wikimqa.jsonl"
