@@ -75,12 +75,50 @@ def loss(size: int) -> None:
     )
 
 
+def decode(width: int, wide: int, taps: int) -> None:
+    """What a decode step is made of: rows of odd lengths, at the borders of sinks and window."""
+    from kernels.swa.decode import window_step
+    from kernels.ttt_memory.triton_backend.decode import memory_step, sum_norm, swiglu
+
+    heads, group, size, chunk = 2, 3, 2 * width, 5
+    past = torch.tensor([0, 2, 37, 104], device=DEVICE)
+    with torch.no_grad():
+        x = random(4, (group + 2) * heads * wide + 3 * size + 5 * heads)
+        norms, angles = (random(wide), random(wide)), (random(4, wide), random(4, wide))
+        ring = random(2, 4, 35, heads, wide)
+        window_step(
+            x, x[0].clone(), norms, *angles, past, ring[0], ring[1], num_heads=group * heads,
+            num_slots=35, window_size=32, num_sinks=3,
+        )  # fmt: skip
+        wide_type = {"dtype": torch.float32}
+        state = {
+            **{f"tail_{name}": random(4, taps - 1, size) for name in "qkv"},
+            "weights_gate": random(4, heads, 2 * width, width, **wide_type),
+            "weights_up": random(4, heads, 2 * width, width, **wide_type),
+            "weights_down": random(4, heads, width, 2 * width, **wide_type),
+            "pending_k": random(4, chunk, heads, width),
+            "pending_v": random(4, chunk, heads, width),
+            "pending_eta": random(4, chunk, heads, 3, **wide_type),
+            "pending_mu": random(4, chunk, heads, **wide_type),
+        }
+        convs = (random(size, taps), random(size, taps), random(size, taps))
+        first = (group + 2) * heads * wide
+        memory_step(
+            x, x[0].clone(), past, state, convs, (random(width), random(width), random(width)),
+            first=first, rates=first + 3 * size, qk_eps=1e-6, out_eps=1e-6,
+        )  # fmt: skip
+        y, z = random(4, 130), random(4, 130)
+        sum_norm(y, random(130), 1e-6, z, y.clone(), random(130))
+        swiglu(y, z)
+
+
 def run() -> None:
     on_gpu = DEVICE == "cuda"
     for width in (64, 24, 128) if on_gpu else (16,):
         scan(width, 70 if on_gpu else 21, 16, None, None)
         scan(width, 41 if on_gpu else 15, 10, [0, 3, 3, 14, 41 if on_gpu else 15], 0.5)
         around(width, 37 if on_gpu else 5)
+        decode(width, width + 16, 4 if width != 24 else 1)
     loss(1000)
     loss(7)
     if on_gpu:
