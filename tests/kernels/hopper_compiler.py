@@ -20,7 +20,7 @@ from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels.ttt_memory.triton_backend import backward, branch_kernels, forward
+from kernels.ttt_memory.triton_backend import backward, backward_reads, branch_kernels, forward
 from kernels.ttt_memory.triton_backend.blocks import BLOCKS, options, rows, tiles
 from kernels.ttt_memory.triton_backend.branch import gradient_tile, tile
 from kernels.vocabulary import triton_kernels
@@ -38,7 +38,7 @@ TYPES = {
     "eps": "fp32",
 }
 NOT_DIVISIBLE = ("V", "first", "begin", "C", "splits", "T", "B", "N", "gate_row", "gate_token")
-MODULES = (forward, backward, branch_kernels, triton_kernels)
+MODULES = (forward, backward, backward_reads, branch_kernels, triton_kernels)
 AROUND_LOW = ("x", "tail", "weight", "norm", "gate", "v_hat", "alpha", "grad_x", "grad_tail")
 AROUND_LOW += ("grad_gate", "logits", "student", "teacher")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

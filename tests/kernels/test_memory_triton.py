@@ -15,7 +15,7 @@ from torch import Tensor
 from kernels.ttt_memory import FastWeights, memory_scan, reference
 
 pytest.importorskip("triton", reason="pip install triton (Linux) to test the Triton kernels")
-from kernels.ttt_memory.triton_backend import backward, blocks, forward, launch
+from kernels.ttt_memory.triton_backend import backward, backward_reads, blocks, forward, launch
 from kernels.ttt_memory.triton_backend import scan as triton_scan
 
 ON_GPU = torch.cuda.is_available()
@@ -143,7 +143,7 @@ def test_a_step_costs_two_launches_each_way(
             launches.append(self.kernel)
             return self.kernel[grid]
 
-    for module in (forward, backward):
+    for module in (forward, backward, backward_reads):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, Counted(getattr(module, name)))
     inputs, weights = memory_inputs(1, 4 * chunks, 1, 16, 16, dtype=torch.float32)

@@ -10,6 +10,7 @@ import triton
 from torch import Tensor
 
 from kernels.ttt_memory.triton_backend import backward as bwd
+from kernels.ttt_memory.triton_backend import backward_reads as reads
 from kernels.ttt_memory.triton_backend import forward as fwd
 from kernels.ttt_memory.triton_backend.blocks import rows, tiles
 from kernels.ttt_memory.triton_backend.launch import (
@@ -99,7 +100,7 @@ class _Gradients:
         w, _, scale = self.states
         low = low_weights(w, scale, plan, self.call, self.q, normalised=False)
         if len(plan.blocks):
-            bwd.read_tokens_kernel[(len(plan.blocks), sizes.heads)](
+            reads.read_tokens_kernel[(len(plan.blocks), sizes.heads)](
                 self.q, low, plan.blocks, grad_out, d_q,
                 *sizes.all, **sizes.options("read_tokens_kernel"),
             )  # fmt: skip
@@ -107,7 +108,7 @@ class _Gradients:
         programs = plan.num_slots * sizes.heads
         splits = spare(programs * sizes.hidden_blocks(kernel), self.call)
         parts = w.new_empty(splits, *w.shape) if splits > 1 else self.w
-        bwd.read_weights_kernel[(programs, sizes.hidden_blocks(kernel), splits)](
+        reads.read_weights_kernel[(programs, sizes.hidden_blocks(kernel), splits)](
             self.q, low, plan.spans, plan.span_range, grad_out, parts,
             *sizes.all, **sizes.options(kernel),
         )  # fmt: skip
