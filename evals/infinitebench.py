@@ -142,7 +142,7 @@ def _answers(name: str, record: Record, where: str) -> tuple[str, ...]:
 def _lettered(answers: tuple[str, ...], options: Sequence[Any], where: str) -> tuple[str, ...]:
     if len(options) < 4:
         raise ValueError(f"{where} has {len(options)} options instead of 4; wrong file?")
-    if len(answers) == 2 and answers[1] in "ABCD":
+    if len(answers) == 2 and answers[1] in tuple("ABCD"):
         return answers
     if len(answers) != 1 or answers[0] not in options[:4]:
         raise ValueError(f"{where}: answer {answers} is none of the options; mend the data file")
@@ -161,15 +161,29 @@ def _parts(name: str, record: Record, where: str) -> dict[str, str]:
             raise ValueError(f"{where}: input {question[:60]!r} calls no func_N(x); wrong file?")
         parts |= {"func": call.group(0).split("(")[0], "func_call": call.group(0)}
     if name == "math_find":
-        target = re.search(r"The .+ of", question)
-        if target is None:
+        if re.search(r"The .+ of", question) is None:
             raise ValueError(f"{where}: input {question[:60]!r} asks for no number; wrong file?")
-        sought = target.group(0).lower().removesuffix(" of")
-        parts["prefix"] = f"What is {sought} in the following list?"
+        if upstream_prompts.lm_eval_installed():
+            parts["prefix"] = _opening(question)
     return parts
 
 
+def _opening(question: str) -> str:
+    """The sentence before math_find's list, which upstream makes of the question."""
+    text = str(_harness_functions().doc_to_text_math_find({"context": "", "input": question}))
+    return text.partition("\n\n")[0]
+
+
 def _template(name: str, folder: str) -> tuple[str, str]:
+    if name == "math_find":
+        if not upstream_prompts.lm_eval_installed():  # its opening is in no copy's prompts
+            return own_prompts.INFINITEBENCH[name], PROMPTS_OWN
+        upstream_prompts.check_prompts(
+            {name: _opening("The largest number of it")},
+            {name: "134b3c232ade05d0"},
+            source="lm-evaluation-harness",
+            mend="install lm_eval==0.4.13",
+        )
     if folder:
         path = upstream_prompts.file_in_copy(
             folder, "src/prompt.py", upstream="OpenBMB/InfiniteBench", key="infinitebench_prompts"

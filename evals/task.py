@@ -147,6 +147,17 @@ def build_tasks(config: SuiteConfig, *, tokenizer: Tokenizer | None = None) -> l
     """
     from evals import suites
 
+    return [suites.build(name, config, tokenizer) for name in chosen_names(config)]
+
+
+def chosen_names(config: SuiteConfig) -> list[str]:
+    """The `SUITE/NAME` that `config.tasks` names, in the suites' order, each once.
+
+    Raises:
+        ValueError: an unknown name (with the nearest right one).
+    """
+    from evals import suites
+
     known = suites.names(config)
     wanted: set[str] = set()
     for pattern in config.tasks:
@@ -156,4 +167,4 @@ def build_tasks(config: SuiteConfig, *, tokenizer: Tokenizer | None = None) -> l
             hint = f"did you mean {near[0]!r}?" if near else f"suites are {', '.join(SUITES)}"
             raise ValueError(f"eval.suites.tasks has {pattern!r}, which names no task; {hint}")
         wanted |= found
-    return [suites.build(name, config, tokenizer) for name in known if name in wanted]
+    return [name for name in known if name in wanted]

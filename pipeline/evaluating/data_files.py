@@ -7,6 +7,7 @@ from pathlib import Path
 
 from evals.config import EvalConfig
 from evals.short import SHORT_TASKS
+from evals.task import chosen_names
 from pipeline.config import resolve_path
 from pipeline.evaluating.short_data import find_file, find_repository
 
@@ -27,13 +28,15 @@ def data_files(settings: EvalConfig) -> dict[str, Path]:
 
 def _places(settings: EvalConfig) -> Iterator[tuple[str, Path]]:
     suites = settings.suites
+    used = {name.partition("/")[0] for name in chosen_names(suites)}
     for suite, keys in (
         ("longbench", ("longbench_data", "longbench_prompts")),
         ("infinitebench", ("infinitebench_data", "infinitebench_prompts")),
         ("lveval", ("lveval_data", "lveval_prompts")),
         ("ruler", ("ruler_data",)),
+        ("recall", ("recall_filler",)),
     ):
-        if any(task.startswith((suite, "*")) for task in suites.tasks):
+        if suite in used:
             for key in keys:
                 if place := getattr(suites, key):
                     yield f"eval.suites.{key}", Path(place).expanduser()

@@ -15,7 +15,14 @@ def test_files_of_the_tasks_asked_for_are_named_and_no_others(tmp_path: Path) ->
         (tmp_path / "short" / name).write_text("x")
     (tmp_path / "long").mkdir()
     (tmp_path / "long" / "qasper.jsonl").write_text("x")
-    suites = SuiteConfig(tasks=("longbench/qasper",), longbench_data=str(tmp_path / "long"))
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.md").write_text("x")
+    suites = SuiteConfig(
+        tasks=("long*/qasper", "recall/*"),
+        longbench_data=str(tmp_path / "long"),
+        infinitebench_data=str(tmp_path / "long"),
+        recall_filler=str(tmp_path / "notes"),
+    )
     settings = EvalConfig(
         short_tasks=("piqa", "ceval"), data_dir=str(tmp_path / "short"), suites=suites
     )
@@ -23,6 +30,7 @@ def test_files_of_the_tasks_asked_for_are_named_and_no_others(tmp_path: Path) ->
         "eval.data_dir/ceval/law.csv",
         "eval.data_dir/piqa/piqa.jsonl",
         "eval.suites.longbench_data/qasper.jsonl",
+        "eval.suites.recall_filler/a.md",
     ]
     assert data_files(EvalConfig()) == {}
 
