@@ -44,7 +44,7 @@ from pipeline.tracking_names import (
 from pipeline.tracking_notes import PARENT, Notes, Tracked, stamp_of
 from pipeline.tracking_registry import export_files, profile, register
 from pipeline.tracking_results import send_evaluation
-from pipeline.tracking_system import SYSTEM_FILE, SystemSampler
+from pipeline.tracking_system import SystemSampler
 from pipeline.tracking_thread import Shipper
 
 MANIFEST_TAG = "data.manifest_sha256"
@@ -83,8 +83,7 @@ def track(config: RunConfig, context: StageContext, *, resume_only: bool = False
     tracked.notes.add(tracked.label, complete=False)
     sampler = None
     if config.tracking.system_every_s and not resume_only:
-        tracked.dir.mkdir(parents=True, exist_ok=True)
-        sampler = SystemSampler(tracked.dir, interval_s=config.tracking.system_every_s)
+        sampler = SystemSampler(tracked.system_file, interval_s=config.tracking.system_every_s)
         sampler.start()
     shipper = Shipper(
         lambda: MlflowRecorder(tracked),
@@ -145,7 +144,7 @@ class MlflowRecorder:
             "parent": self._last("parent", parent_name(LOGGED_STEP, tracked.label)),
             "system": self._last("child", LOGGED_SAMPLE),
         }
-        self._offsets = {"metrics.jsonl": 0, SYSTEM_FILE: 0}
+        self._offsets = {tracked.metrics_file: 0, tracked.system_file: 0}
         self._log_params()
         self._log_inputs()
 
@@ -199,7 +198,7 @@ class MlflowRecorder:
 
     def _begun(self) -> int | None:
         """When the stage's first line was written (ms); None for now."""
-        for _, line in read_lines(self.tracked.dir / "metrics.jsonl"):
+        for _, line in read_lines(self.tracked.metrics_file):
             return int(1000 * line["time"]) if "time" in line else None
         return None
 
@@ -257,20 +256,22 @@ class MlflowRecorder:
     def ship(self) -> None:
         """Send all new lines: the child's metrics, the machine's, and headlines to the parent."""
         label, of_evaluation = self.tracked.label, self.tracked.stage == "evaluate"
-        lines = self._new_lines("metrics.jsonl")
+        lines = self._new_lines(self.tracked.metrics_file)
         child = [(line, child_values(line, of_evaluation=of_evaluation)) for line in lines]
         self._send("child", "child", child)
         self._send("parent", "parent", [(line, parent_values(line, label)) for line in lines])
-        samples = self._new_lines(SYSTEM_FILE)
+        samples = self._new_lines(self.tracked.system_file)
         named = [(line, {LOGGED_SAMPLE: line["step"], **line}) for line in samples]
         self._send("system", "child", named)
-        for name, found in (("metrics.jsonl", lines), (SYSTEM_FILE, samples)):
+        for path, found in (
+            (self.tracked.metrics_file, lines),
+            (self.tracked.system_file, samples),
+        ):
             if found:
-                self._offsets[name] = found[-1]["offset"]
+                self._offsets[path] = found[-1]["offset"]
 
-    def _new_lines(self, name: str) -> list[dict[str, Any]]:
-        path = self.tracked.dir / name
-        found = read_lines(path, self._offsets[name])
+    def _new_lines(self, path: Path) -> list[dict[str, Any]]:
+        found = read_lines(path, self._offsets[path])
         return [{**line, "offset": offset} for offset, line in found]
 
     def _send(
@@ -307,7 +308,7 @@ class MlflowRecorder:
         """The line's time (ms), always the same; of old files without times that of the file."""
         if "time" in line:
             return int(1000 * line["time"])
-        return int(1000 * (self.tracked.dir / "metrics.jsonl").stat().st_mtime)
+        return int(1000 * self.tracked.metrics_file.stat().st_mtime)
 
     def ship_files(self) -> None:
         """Send files that the server lacks."""
@@ -344,7 +345,7 @@ class MlflowRecorder:
 
     def _ended(self) -> int | None:
         last = None
-        for _, line in read_lines(self.tracked.dir / "metrics.jsonl"):
+        for _, line in read_lines(self.tracked.metrics_file):
             last = line
         return None if last is None or "time" not in last else int(1000 * last["time"])
 

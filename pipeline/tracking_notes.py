@@ -12,6 +12,7 @@ from pipeline.atomic import write_json
 from pipeline.config import split_entry
 from pipeline.context import folder_name
 from pipeline.schema import TrackingSettings
+from pipeline.tracking_system import SYSTEM_FOLDER
 
 PARENT = "(recipe)"
 """Place of the recipe's own run."""
@@ -71,6 +72,16 @@ class Tracked:
     def dir(self) -> Path:
         """The stage's folder."""
         return self.run_dir / self.label
+
+    @property
+    def metrics_file(self) -> Path:
+        """The stage's own metrics."""
+        return self.dir / "metrics.jsonl"
+
+    @property
+    def system_file(self) -> Path:
+        """The machine's."""
+        return self.run_dir / SYSTEM_FOLDER / f"{self.label}.jsonl"
 
     @property
     def uri(self) -> str:

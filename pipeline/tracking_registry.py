@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-_OWN = ("metrics.jsonl", "system.jsonl", "DONE.json")
+_OWN = ("metrics.jsonl", "DONE.json")
 _WEIGHTS = (".safetensors", ".gguf", ".bin")
 _GB = 1e9
 

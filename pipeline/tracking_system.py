@@ -1,4 +1,4 @@
-"""What the machine does while a stage runs: `STAGE/system.jsonl`, a line every few seconds.
+"""What the machine does while a stage runs: `system/STAGE.jsonl`, a line every few seconds.
 
 A thread of rank 0 writes it, so the training loop pays nothing but the thread's share of a core.
 Names begin with `system/`, which MLflow shows under "System metrics". GPUs are those of rank 0's
@@ -19,20 +19,22 @@ import torch
 
 from pipeline.metrics_log import MetricsLog, read_lines
 
-SYSTEM_FILE = "system.jsonl"
+SYSTEM_FOLDER = "system"
+"""Folder in run.dir; not the stage's own, which an export would ship."""
+
 _GB = 1e9
 
 
 class SystemSampler:
     """Writes a line of system metrics every `interval_s` seconds until it is stopped."""
 
-    def __init__(self, folder: Path, *, interval_s: float) -> None:
-        """Args: folder: the stage's; interval_s: seconds between two lines."""
-        self._log = MetricsLog(folder / SYSTEM_FILE)
+    def __init__(self, path: Path, *, interval_s: float) -> None:
+        """Args: path: the file; interval_s: seconds between two lines."""
+        self._log = MetricsLog(path)
         self._interval_s = interval_s
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._work, name="system metrics", daemon=True)
-        self._folder = folder
+        self._folder = path.parents[1]
         self._process = psutil.Process()
         self._gpus = _nvml_handles()
         self._before: tuple[float, Any, Any] | None = None
