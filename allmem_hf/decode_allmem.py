@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +56,8 @@ def fits(layer: Any, hidden: Tensor, layout: RowLayout, cache: AllMemLayerCache)
     """Whether this call of an `AllMemDecoderLayer` is a decode step that has fused kernels.
 
     The others run as they are: prefill, gradients, full attention, Mamba-2, the control that
-    writes nothing, layers whose projections were replaced (quantised, adapted), torch.compile.
+    writes nothing, layers whose projections were replaced (quantised, adapted) or are parts of a
+    trainer's buffer, torch.compile.
     """
     if not layout.is_step or layer.decode_backend == "reference":
         return False
@@ -65,12 +67,13 @@ def fits(layer: Any, hidden: Tensor, layout: RowLayout, cache: AllMemLayerCache)
         return False
     if layer.use_memory and "weights_gate" not in cache.tensors:
         return False
-    return all(
+    plain = all(
         type(proj) is nn.Linear
         and proj.weight.dtype == hidden.dtype
         and proj.weight.device == hidden.device
         for proj in _projections(layer)
     )
+    return plain and _joined(layer) is not None
 
 
 def fused_step(
@@ -84,6 +87,7 @@ def fused_step(
     attention, config, rows = layer.self_attn, layer.self_attn.config, hidden.shape[0]
     before, after = layer.input_layernorm, layer.post_attention_layernorm
     joined = _joined(layer)
+    assert joined is not None  # by `fits`
     stream, normed = sum_norm(hidden[:, 0], before.weight, before.eps)
     projected = F.linear(normed, joined.weight)
     cache.reserve(cache.tensors["keys"], layout)
@@ -147,6 +151,8 @@ class _Joined:
 
     def holds(self, projections: list[nn.Linear]) -> bool:
         """Whether the projections' parameters are still parts of these tensors."""
+        if len(projections) >= len(self.starts):
+            return False
         size, item, width = self.weight.data_ptr(), self.weight.element_size(), self.weight.shape[1]
         for proj, start in zip(projections, self.starts, strict=False):
             if proj.weight.data_ptr() != size + start * width * item:
@@ -159,6 +165,10 @@ class _Joined:
         return True
 
 
+_SHARED: WeakValueDictionary[int, _Joined] = WeakValueDictionary()
+"""By the address of their weights' storage."""
+
+
 def _projections(layer: Any) -> list[nn.Linear]:
     attention = layer.self_attn
     found = [attention.q_proj, attention.k_proj, attention.v_proj]
@@ -169,14 +179,26 @@ def _projections(layer: Any) -> list[nn.Linear]:
     return found
 
 
-def _joined(layer: Any) -> _Joined:
-    """The layer's projections as one; made at the first step, and again when they were replaced."""
-    held: _Joined | None = getattr(layer, "_joined_projections", None)
+def _joined(layer: Any) -> _Joined | None:
+    """The layer's projections as one: made at the first step, and again when they were replaced.
+
+    Models that share their parameters share it too. None where parameters are parts of a tensor
+    of someone else's, who would change that tensor and not the parameters (DeepSpeed).
+    """
     projections = _projections(layer)
-    if held is None or len(held.starts) != len(projections) + 1 or not held.holds(projections):
+    held: _Joined | None = getattr(layer, "_joined_projections", None)
+    if held is not None and held.holds(projections):
+        return held
+    held = _SHARED.get(projections[0].weight.untyped_storage().data_ptr())
+    if held is None or not held.holds(projections):
+        storages = [proj.weight.untyped_storage() for proj in projections]
+        for proj, storage in zip(projections, storages, strict=True):
+            if storage.nbytes() != proj.weight.nbytes and storage.data_ptr() not in _SHARED:
+                return None
         with torch.inference_mode(False), torch.no_grad():
             held = _join(projections)
-        layer._joined_projections = held
+        _SHARED[held.weight.untyped_storage().data_ptr()] = held
+    layer._joined_projections = held
     return held
 
 

@@ -147,6 +147,28 @@ def test_the_projections_are_held_once_and_changes_of_them_are_seen(tiny, tokens
         model.model.layers[0].memory.v_proj.weight = weight
     assert same()
 
+    sharing = tiny(**ONE_LAYER, memory_off=True).to(DEVICE)  # a control of the same weights
+    held = dict(fused.named_parameters())
+    for name, parameter in sharing.named_parameters():
+        parameter.data = held[name].data
+    set_decode_backend(sharing, "triton")
+    write(sharing, read(sharing, rows, 1), rows, 1)
+    own = sharing.model.layers[0].self_attn.q_proj.weight
+    assert own.data_ptr() == layer.self_attn.q_proj.weight.data_ptr()
+
+
+def test_parameters_in_a_trainers_buffer_are_left_there(tiny, tokens, monkeypatch) -> None:
+    from allmem_hf import modeling_allmem
+
+    model, ids = tiny(**ONE_LAYER).to(DEVICE), tokens(1, 3).to(DEVICE)
+    set_decode_backend(model, "triton")
+    weights = [model.model.layers[0].self_attn.q_proj.weight, model.lm_head.weight]
+    flat = torch.cat([weight.detach().flatten() for weight in weights])
+    weights[0].data = flat[: weights[0].numel()].view_as(weights[0])
+    monkeypatch.setattr(modeling_allmem, "fused_step", None)
+    write(model, read(model, [ids], 1), [ids], 1)
+    assert weights[0].data_ptr() == flat.data_ptr()
+
 
 class Launches(TorchDispatchMode):
     """Counts what a GPU would be started for: operations but views and allocations, kernels."""
