@@ -10,6 +10,7 @@ then never see a padding token, and a padded row computes exactly what it comput
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -28,7 +29,8 @@ class RowLayout:
         host_past: `past` as a tuple, known without waiting for the device.
         host_lengths: `lengths` likewise.
         max_new: most new tokens in a row.
-        cu_seqlens: `[R + 1]` int32 borders of the packed rows, or None when not packed.
+        cu_seqlens: `[R + 1]` int32 borders of the packed rows, or None when not packed. On the
+            CPU: every layer asks for the numbers, and would wait for the device.
         source: `[S]` index of each packed token in the flattened `[B * T]`, or None.
     """
 
@@ -183,7 +185,7 @@ def _packed(
     """Packs the tokens that `mask` [B, T] keeps; `counts` [R] of them in each row."""
     past, host_past = before
     host_counts = counts.tolist()
-    borders = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    borders = torch.tensor([0, *accumulate(host_counts)], dtype=torch.int32)
     rows = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
     return RowLayout(
         batch_shape=batch_shape,
@@ -194,6 +196,6 @@ def _packed(
         host_past=host_past,
         host_lengths=tuple(n + more for n, more in zip(host_past, host_counts, strict=True)),
         max_new=max(host_counts),
-        cu_seqlens=borders.to(torch.int32),
+        cu_seqlens=borders,
         source=mask.flatten().nonzero().flatten(),
     )

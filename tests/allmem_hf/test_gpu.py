@@ -26,7 +26,7 @@ def test_pieces_and_steps_on_the_gpu_equal_the_reference_on_the_cpu(tiny, tokens
     with torch.no_grad():
         expected = model(ids, use_cache=False).logits
     fast = model.to(device="cuda", dtype=dtype)
-    assert fast.kernel_backends() == {"window": "flex", "memory": "triton"}
+    assert fast.kernel_backends().items() >= {"window": "flex", "memory": "triton"}.items()
     found = in_pieces(fast, ids.cuda(), [300, 173, 200, *[1] * 27])
     error = (found.float().cpu() - expected).norm() / expected.norm()
     assert error < (5e-3 if dtype == torch.float32 else 0.2)

@@ -88,11 +88,12 @@ def compare(mixer: str, device: str, graphed: Callable[[Any, AllMemCache], Graph
     _, other = started(mixer, device)
     decoder = graphed(model, cache)
     generator = torch.Generator().manual_seed(2)
+    bound = 1e-5 if device == "cpu" else 1e-4  # compiled sums are in another order there
     for _ in range(2 * SHAPE.chunk_size + 3):  # every row completes chunks, at other steps
         ids = torch.randint(0, SHAPE.vocab_size, (2, 1), generator=generator).to(device)
         with torch.no_grad():
             wanted = model(ids, past_key_values=other, use_cache=True).logits[:, -1]
-        torch.testing.assert_close(decoder(ids), wanted, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(decoder(ids), wanted, atol=bound, rtol=bound)
     assert cache.host_lengths == other.host_lengths
     assert cache.lengths is not None
     assert cache.lengths.tolist() == list(cache.host_lengths)
