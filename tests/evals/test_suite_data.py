@@ -136,6 +136,7 @@ def test_a_wrong_record_is_refused_with_its_place(
         ("math_calc", {**INFINITEBENCH, "answer": [1, 2.5]}, "'2.5' .* is no number"),
         ("math_find", {**INFINITEBENCH, "answer": 3}, "asks for no number"),
         ("code_debug", {**INFINITEBENCH, "answer": ["z"], "options": list("abcd")}, "none of the"),
+        ("code_debug", {**INFINITEBENCH, "answer": ["a", ""], "options": list("abcd")}, "none of"),
         ("code_debug", INFINITEBENCH, "0 options instead of 4"),
     ],
 )

@@ -179,11 +179,17 @@ class TinyRun:
         )
 
     def evaluate(
-        self, config: RunConfig, ranks: Ranks | None = None, *, drawn: bool = False
+        self,
+        config: RunConfig,
+        ranks: Ranks | None = None,
+        *,
+        drawn: bool = False,
+        commit: str = "0123abc",
     ) -> dict[str, Any]:
         """Run the stage and read its results; figures are built, and rendered where `drawn`."""
+        context = dataclasses.replace(self.context(config, ranks), commit=commit)
         with contextlib.nullcontext() if drawn else unrendered():
-            evaluate.run(config, self.context(config, ranks))
+            evaluate.run(config, context)
         results: dict[str, Any] = json.loads((self.dir / "evaluate/results.json").read_text())
         return results
 

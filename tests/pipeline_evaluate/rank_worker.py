@@ -10,7 +10,7 @@ from pipeline.distributed import init_distributed, shutdown
 
 if __name__ == "__main__":
     run = TaskRun(Path(sys.argv[1]))
-    ranks = init_distributed(device="cpu", timeout_s=60)
+    ranks = init_distributed(device="cpu", timeout_s=180)
     init_model_parallel()
     run.evaluate(run.task_config(kinds=tuple(sys.argv[2:])), ranks)
     shutdown()

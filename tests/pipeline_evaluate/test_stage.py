@@ -12,7 +12,6 @@ from allmem_megatron.model import AllMemGPTModel
 from pipeline.evaluation import find_weights
 from pipeline.models import load_model
 from pipeline.schema import ParallelSettings
-from pipeline.stages import evaluate
 from pipeline.stages.evaluate import headline
 
 WINDOW = 12
@@ -182,13 +181,12 @@ def test_finished_rows_are_kept_until_what_decides_them_changes(tiny_run: Any) -
 @pytest.mark.parametrize("commit", ["0123abc+", "unknown"])
 def test_no_row_is_kept_under_a_commit_that_names_no_program(tiny_run: Any, commit: str) -> None:
     config = tiny_run.config(mixers=("swa",))
-    context = dataclasses.replace(tiny_run.context(config), commit=commit)
-    evaluate.run(config, context)
+    tiny_run.evaluate(config, commit=commit)
     partial = tiny_run.dir / "evaluate" / "partial"
     for name in ("swa", "speed"):
         stored = json.loads((partial / f"{name}.json").read_text())
         (partial / f"{name}.json").write_text(json.dumps({**stored, "value": "of other code"}))
-    evaluate.run(config, context)
+    tiny_run.evaluate(config, commit=commit)
     for name in ("swa", "speed"):
         assert json.loads((partial / f"{name}.json").read_text())["value"] != "of other code"
 
