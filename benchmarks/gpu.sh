@@ -52,6 +52,10 @@ has megatron || echo "no megatron-core: no training step, and only the tests tha
 has fla || echo "no flash-linear-attention (fla): its row is left out"
 has matplotlib || echo "no matplotlib: no figures; draw them later by benchmarks.speed_plots"
 has xdist || echo "no pytest-xdist: tests run one after the other"
+headers="$("$python" -c 'import sysconfig; print(sysconfig.get_paths()["include"])')"
+if [ -z "$dry" ] && ! { [ -e "$headers/Python.h" ] && command -v "${CC:-gcc}" cc clang > /dev/null; }; then
+  echo "warning: no C compiler (gcc), or no $headers/Python.h: Triton builds its launchers with them"
+fi
 
 if [ -z "$dry" ]; then
   "$python" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || {
