@@ -274,6 +274,7 @@ def test_an_answer_of_nothing_scores_by_the_suite_and_is_counted(task_run: Any) 
         num_sinks=2,
     )
     said = prepared(task_run, config, task)
+    assert [example.prompt for example in said.examples] == ["", ""]  # they wait on the disk
     row = suite_metrics(said, [[""], ["under the old stone"]], asking)[TASK]
     assert row["num_empty"] == 1
     assert row["f1"] == 50.0
