@@ -45,9 +45,11 @@ EXIT_PREFLIGHT = 78
 SHARED_S = 20.0
 """Seconds within which what rank 0 writes into run.dir is to be seen on the other nodes."""
 REPORTS_S = 35.0
-"""Seconds after the start within which every rank is to have reported."""
+"""Seconds after the imports within which every rank is to have reported."""
 LIMIT_S = 55.0
-"""Seconds after which every rank leaves, wherever it is."""
+"""Seconds after the imports after which every rank leaves, wherever it is."""
+COMING_S = 10.0
+"""Seconds within which a rank is to say that it imports, for rank 0 to wait for that."""
 IMPORT_LIMIT_S = 300.0
 """Seconds that importing packages may take before the clock of the others starts: from a network
 file system that was not used for a while it takes minutes, and is not a fault."""
@@ -133,7 +135,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         return _refused(place, str(error))
     meeting = Meeting(Path(config.run.dir), place)
-    token = secrets.token_hex(8)
+    begun = time.monotonic()
+    token: str | None = secrets.token_hex(8)
     if place.rank == 0:
         try:
             meeting.remove()
@@ -141,13 +144,49 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except OSError as error:
             return _say(f"{place.who(0)}: run.dir={config.run.dir} is not writable: {error}")
     with _limit(place, IMPORT_LIMIT_S) as doing:
-        doing("importing its packages")
-        import_packages(place)
+        token = _import(meeting, token, begun, doing)
     started = time.monotonic()
     with _limit(place, LIMIT_S) as doing:
         if place.rank == 0:
             return _lead(config, meeting, token, started, doing)
-        return _follow(config, meeting, started, doing)
+        return _follow(config, meeting, token, started, doing)
+
+
+def _import(meeting: Meeting, token: str | None, begun: float, doing: Doing) -> str | None:
+    """Import what the checks need, and wait for each other: nodes may be differently fast at it.
+
+    Args:
+        meeting: of the ranks.
+        token: of this start, known to rank 0.
+        begun: `time.monotonic()` at this rank's start.
+        doing: told what is waited for.
+
+    Returns:
+        The token; None where this rank cannot see what rank 0 writes.
+    """
+    place = meeting.place
+    if place.rank:
+        doing(f"looking for rank 0's file in {meeting.folder}")
+        token = meeting.read("start.json", begun + SHARED_S)
+        if token is not None:
+            with contextlib.suppress(OSError):  # the report, which comes next, tells it
+                meeting.write(f"importing-{place.rank}.json", token)
+    doing("importing its packages")
+    import_packages(place)
+    if place.rank == 0:
+        for rank in range(1, place.world_size):
+            if meeting.read(f"importing-{rank}.json", begun + COMING_S) == token:
+                doing(f"waiting for {place.who(rank)} to import its packages")
+                meeting.read(f"imported-{rank}.json", begun + IMPORT_LIMIT_S)
+        meeting.write("clock.json", token)
+        return token
+    token = meeting.read("start.json", time.monotonic())
+    if token is not None:
+        with contextlib.suppress(OSError):
+            meeting.write(f"imported-{place.rank}.json", token)
+        doing("waiting for the other ranks to import their packages")
+        meeting.read("clock.json", begun + IMPORT_LIMIT_S)
+    return token
 
 
 def _refused(place: Place, text: str) -> int:
@@ -191,16 +230,16 @@ def _own_report(config: RunConfig, place: Place) -> Report:
         report.gpu.extend(filter(None, [gpu_identity(config, place)]))
         if place.rank == 0:
             report.problems.extend(recipe_problems(config, place))
-    except ImportError as error:
+    except (ImportError, OSError) as error:  # OSError: a library that cannot be loaded
         report.problems.append(f"its environment is broken: {type(error).__name__}: {error}")
     return report
 
 
-def _follow(config: RunConfig, meeting: Meeting, started: float, doing: Doing) -> int:
+def _follow(
+    config: RunConfig, meeting: Meeting, token: str | None, started: float, doing: Doing
+) -> int:
     """A rank other than 0."""
     place = meeting.place
-    doing(f"looking for rank 0's file in run.dir={config.run.dir}")
-    token = meeting.read("start.json", started + SHARED_S)
     if token is None:
         return _say(
             f"{place.who(place.rank)}: run.dir={config.run.dir} is not shared: what "
@@ -222,7 +261,9 @@ def _follow(config: RunConfig, meeting: Meeting, started: float, doing: Doing) -
     return 0
 
 
-def _lead(config: RunConfig, meeting: Meeting, token: str, started: float, doing: Doing) -> int:
+def _lead(
+    config: RunConfig, meeting: Meeting, token: str | None, started: float, doing: Doing
+) -> int:
     """Rank 0: gathers what all found, and says it."""
     place = meeting.place
     doing("the checks of its own node")

@@ -32,7 +32,7 @@ _NUMBERS = 1 << 20
 
 def import_packages(place: Place) -> None:
     """What the checks import, beforehand; what cannot be imported they tell."""
-    with contextlib.suppress(ImportError):
+    with contextlib.suppress(ImportError, OSError):
         if place.rank == 0:
             importlib.import_module("pipeline.planning.plan")
         elif place.world_size > 1:

@@ -82,7 +82,7 @@ def test_a_stage_that_fails_cancels_what_depends_on_it_and_a_second_call_submits
 
     assert main(words) == 0
     assert job_of(tmp_path, "convert") != first
-    ended = cluster.wait(job_of(tmp_path, "export"), timeout_s=240)
+    ended = cluster.wait(job_of(tmp_path, "export"))
     assert ended["JobState"] == "COMPLETED"
     found = states(tmp_path, capsys)
     assert [row["state"] for row in found.values()] == ["done", "COMPLETED", "COMPLETED"]
@@ -151,13 +151,13 @@ def test_a_running_stage_is_shown_with_its_progress_and_saves_when_it_is_cancell
     assert main([*words, "pretrain.checkpoint_every=1000000"]) == 0
     job = job_of(tmp_path, "pretrain")
     cluster.wait_for(job, lambda it: it["JobState"] == "RUNNING")
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 200
     while "step " not in states(tmp_path, capsys)["pretrain"]["note"]:
         assert time.monotonic() < deadline
         time.sleep(1)
     assert main(["cancel", f"run.dir={tmp_path}"]) == 0
     assert cluster.wait(job)["JobState"] == "CANCELLED"
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 100
     while not list(tmp_path.glob("pretrain/checkpoints/step_*")):
         assert time.monotonic() < deadline
         time.sleep(1)
@@ -171,7 +171,7 @@ def test_a_job_that_requeues_itself_keeps_its_place_in_the_chain(
     assert main([*words, "pretrain.steps=3000", "pretrain.checkpoint_every=3000"]) == 0
     job, after = job_of(tmp_path, "pretrain"), job_of(tmp_path, "convert")
     metrics = tmp_path / "pretrain" / "metrics.jsonl"
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 200
     while not metrics.is_file() or metrics.stat().st_size < 1000:
         assert time.monotonic() < deadline
         time.sleep(0.2)
@@ -182,6 +182,6 @@ def test_a_job_that_requeues_itself_keeps_its_place_in_the_chain(
     found = states(tmp_path, capsys)
     assert "requeued 1 ×" in found["pretrain"]["note"]
     assert found["convert"]["note"] == "waits for pretrain"
-    assert cluster.wait(after, timeout_s=300)["JobState"] == "COMPLETED"
+    assert cluster.wait(after)["JobState"] == "COMPLETED"
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
     assert steps == list(range(1, 3001))

@@ -32,6 +32,8 @@ FINAL_STATES = {
     *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL"),
     *("OUT_OF_MEMORY", "TIMEOUT"),
 }
+PATIENCE_S = 400
+"""Seconds that a job may take; a few dozen do on a machine that has nothing else to do."""
 _LOG_LINES = 30
 _SLURM_CONF = """\
 ClusterName=test
@@ -280,7 +282,7 @@ class SlurmCluster:
         return dict(re.findall(r"(\S+?)=(.*?)(?= \S+=|$)", line))
 
     def wait_for(
-        self, job: str, done: Callable[[dict[str, str]], bool], *, timeout_s: float = 120
+        self, job: str, done: Callable[[dict[str, str]], bool], *, timeout_s: float = PATIENCE_S
     ) -> dict[str, str]:
         """Wait until a job is as `done` wants it; what `job` says then.
 
@@ -299,7 +301,7 @@ class SlurmCluster:
                 )
             time.sleep(0.3)
 
-    def wait(self, job: str, *, timeout_s: float = 120) -> dict[str, str]:
+    def wait(self, job: str, *, timeout_s: float = PATIENCE_S) -> dict[str, str]:
         """Wait until a job has ended for good; what `job` says then."""
         return self.wait_for(job, lambda it: it["JobState"] in FINAL_STATES, timeout_s=timeout_s)
 

@@ -48,7 +48,7 @@ def start(rank: int, words: list[str], port: int, **env: str) -> subprocess.Pope
 def outcome(tasks: list[subprocess.Popen[str]]) -> tuple[list[int], list[str]]:
     """Exit codes and outputs; whatever hangs is ended."""
     try:
-        outputs = [task.communicate(timeout=90)[0] for task in tasks]
+        outputs = [task.communicate(timeout=300)[0] for task in tasks]
     finally:
         for task in tasks:
             task.kill()
@@ -103,6 +103,35 @@ def test_a_node_that_does_not_share_the_folder_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_node_that_imports_slowly_is_waited_for(tmp_path: Path) -> None:
+    """As from a network file system that has not been read for a while; longer than `REPORTS_S`."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys, time\n"
+        "class Slow:\n"
+        "    def find_spec(name, *_):\n"
+        "        if name == 'torch': time.sleep(45)\n"
+        "sys.meta_path.insert(0, Slow)\n"
+    )
+    words = ["recipe=tiny", f"run.dir={tmp_path}/run", "parallel.device=cpu"]
+    port, slow = a_port(), {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    codes, outputs = outcome([start(0, words, port), start(1, words, port, **slow)])
+    assert codes == [0, 0], outputs
+    assert "2 task(s) on node1, node2 are fit" in outputs[0]
+
+
+@pytest.mark.slow
+def test_a_node_whose_libraries_cannot_be_loaded_is_named(tmp_path: Path) -> None:
+    broken = tmp_path / "broken" / "torch"
+    broken.mkdir(parents=True)
+    (broken / "__init__.py").write_text("raise OSError('libcudart.so.13: cannot open')\n")
+    words = ["recipe=tiny", f"run.dir={tmp_path}/run"]
+    port, other = a_port(), {"PYTHONPATH": f"{broken.parent}:{ROOT}"}
+    codes, outputs = outcome([start(0, words, port), start(1, words, port, **other)])
+    assert codes == [EXIT_PREFLIGHT] * 2, outputs
+    assert "node2 (rank 1): its environment is broken: OSError: libcudart.so.13" in outputs[0]
+
+
+@pytest.mark.slow
 def test_a_node_that_cannot_reach_rank_0_is_named_within_a_minute(tmp_path: Path) -> None:
     words = ["recipe=tiny", f"run.dir={tmp_path}/run", "parallel.device=cpu"]
     started = time.monotonic()
@@ -112,25 +141,36 @@ def test_a_node_that_cannot_reach_rank_0_is_named_within_a_minute(tmp_path: Path
     assert "node2 (rank 1): no all-reduce with the other ranks" in outputs[1], outputs
 
 
+def output_of_refused_job(cluster: SlurmCluster, folder: Path, on_node2: str) -> str:
+    """What a job prints whose preflight fails within a minute, for what is done on node2.
+
+    Args:
+        cluster: of two nodes.
+        folder: to submit from.
+        on_node2: lines of bash that start the words that they are given in another way.
+    """
+    wrapper = folder / "on_node2"
+    wrapper.write_text(f'#!/bin/bash\n[ "$SLURMD_NODENAME" = node2 ] || exec "$@"\n{on_node2}\n')
+    wrapper.chmod(0o755)
+    words = [*shape(folder, nodes=2), SCRIPT, "stage=all", "recipe=tiny"]
+    env = {"ALLMEM_WRAPPER": str(wrapper), "ALLMEM_PREFLIGHT": "1"}
+    job = cluster.sbatch(*words, cwd=folder, **env)
+    started = time.monotonic()
+    ended = cluster.wait(job)
+    output = cluster.output(job)
+    assert time.monotonic() - started < 90  # a minute, and the imports before it
+    assert (ended["JobState"], ended["ExitCode"]) == ("FAILED", f"{EXIT_PREFLIGHT}:0"), output
+    assert not (folder / "runs" / "tiny" / "prepare").exists()
+    return output
+
+
 def test_a_job_whose_second_node_is_not_fit_fails_and_names_it(
     cluster: SlurmCluster, tmp_path: Path
 ) -> None:
     other = fake_package(tmp_path / "other", "torch", "0.0.1")
-    wrapper = tmp_path / "on_node2"
-    wrapper.write_text(
-        '#!/bin/bash\n[ "$SLURMD_NODENAME" = node2 ] && '
-        f'export PYTHONPATH="{other}:$PYTHONPATH"\nexec "$@"\n'
-    )
-    wrapper.chmod(0o755)
-    words = [*shape(tmp_path, nodes=2), SCRIPT, "stage=all", "recipe=tiny"]
-    env = {"ALLMEM_WRAPPER": str(wrapper), "ALLMEM_PREFLIGHT": "1"}
-    job = cluster.sbatch(*words, cwd=tmp_path, **env)
-    started = time.monotonic()
-    ended = cluster.wait(job)
-    assert time.monotonic() - started < 60
-    assert (ended["JobState"], ended["ExitCode"]) == ("FAILED", f"{EXIT_PREFLIGHT}:0")
-    assert "preflight: node2 (rank 1): torch is 0.0.1, but " in cluster.output(job)
-    assert not (tmp_path / "runs" / "tiny" / "prepare").exists()
+    line = f'PYTHONPATH="{other}:$PYTHONPATH" exec "$@"'
+    output = output_of_refused_job(cluster, tmp_path, line)
+    assert "preflight: node2 (rank 1): torch is 0.0.1, but " in output
 
 
 @pytest.mark.slow
@@ -139,20 +179,9 @@ def test_a_job_whose_folder_is_not_shared_fails_within_a_minute(
 ) -> None:
     """On node2 another file system lies over the folder of the runs."""
     runs = tmp_path / "runs"
-    wrapper = tmp_path / "on_node2"
-    wrapper.write_text(
-        '#!/bin/bash\n[ "$SLURMD_NODENAME" = node2 ] || exec "$@"\n'
-        f'exec unshare --mount bash -c \'mount -t tmpfs none "{runs}" && exec "$@"\' in "$@"\n'
-    )
-    wrapper.chmod(0o755)
-    words = [*shape(tmp_path, nodes=2), SCRIPT, "stage=all", "recipe=tiny"]
-    env = {"ALLMEM_WRAPPER": str(wrapper), "ALLMEM_PREFLIGHT": "1"}
-    job = cluster.sbatch(*words, cwd=tmp_path, **env)
-    started = time.monotonic()
-    ended = cluster.wait(job)
-    assert time.monotonic() - started < 60
-    assert ended["ExitCode"] == f"{EXIT_PREFLIGHT}:0", cluster.output(job)
-    assert f"node2 (rank 1): run.dir={runs}/tiny is not shared" in cluster.output(job)
+    line = f'exec unshare --mount bash -c \'mount -t tmpfs none "{runs}" && exec "$@"\' in "$@"'
+    output = output_of_refused_job(cluster, tmp_path, line)
+    assert f"node2 (rank 1): run.dir={runs}/tiny is not shared" in output
 
 
 def test_ranks_are_told_by_their_nodes(monkeypatch: pytest.MonkeyPatch) -> None:

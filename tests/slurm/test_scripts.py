@@ -45,7 +45,7 @@ def submit(
 ) -> str:
     """Submit a script, wait for its job, and return what it printed; it must have worked."""
     job = cluster.sbatch(*shape(place, nodes=nodes), script(name), *words, cwd=place, **env)
-    ended = cluster.wait(job, timeout_s=170)
+    ended = cluster.wait(job)
     output = cluster.output(job)
     assert ended["JobState"] == "COMPLETED", output
     return output
@@ -60,7 +60,7 @@ def made(cluster: SlurmCluster, place: Path, tiny_words: list[str]) -> Path:
         script("prepare.sh"), *words, cwd=place,
     )  # fmt: skip
     for task in (3, 4):
-        ended = cluster.wait(f"{array}_{task}", timeout_s=170)
+        ended = cluster.wait(f"{array}_{task}")
         assert ended["JobState"] == "COMPLETED", (place / f"prepare-{task}.out").read_text()
     output = submit(cluster, place, "convert_qwen3_8b.sh", *words, UP_TO_CONVERT, nodes=2)
     (place / "convert.out").write_text(output)
@@ -123,7 +123,7 @@ def test_array_tasks_that_run_one_at_a_time_finish_by_giving_way(
     )  # fmt: skip
     restarts = []
     for task in (0, 1):
-        ended = cluster.wait(f"{array}_{task}", timeout_s=240)
+        ended = cluster.wait(f"{array}_{task}")
         assert ended["JobState"] == "COMPLETED", (tmp_path / f"{task}.out").read_text()
         restarts.append(int(ended["Restarts"]))
     assert restarts[0] >= 1

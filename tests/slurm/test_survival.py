@@ -17,7 +17,13 @@ from typing import Any
 
 import pytest
 
-from tests.slurm.cluster import ROOT, SlurmCluster, skip_without_slurm
+from tests.slurm.cluster import (
+    FINAL_STATES,
+    PATIENCE_S,
+    ROOT,
+    SlurmCluster,
+    skip_without_slurm,
+)
 from tests.slurm.conftest import JOB_ENV, shape
 
 STEPS = 40
@@ -37,8 +43,16 @@ def undisturbed(cluster: SlurmCluster, tmp_path_factory: pytest.TempPathFactory,
     """The run that nothing happens to: its folder."""
     folder = tmp_path_factory.mktemp("undisturbed")
     job = cluster.sbatch(*shape(folder, nodes=2), OTHER_SCRIPT, *words, cwd=folder)
-    assert cluster.wait(job, timeout_s=170)["JobState"] == "COMPLETED", cluster.output(job)
+    assert cluster.wait(job)["JobState"] == "COMPLETED", cluster.output(job)
     return folder / "runs" / "tiny"
+
+
+def prepared(undisturbed: Path, folder: Path) -> Path:
+    """A run in a folder, with the shards of another one."""
+    run = folder / "runs" / "tiny"
+    run.mkdir(parents=True)
+    (run / "prepare").symlink_to(undisturbed / "prepare")
+    return run
 
 
 def start(cluster: SlurmCluster, folder: Path, words: list[str], **env: str) -> str:
@@ -56,13 +70,16 @@ def wait_for_step(cluster: SlurmCluster, job: str, run: Path, step: int) -> None
     """Wait until the job has done a step.
 
     Raises:
-        TimeoutError: with the job's output.
+        TimeoutError: it has not, or has ended before; with its output.
     """
 
-    deadline = time.monotonic() + 170
+    deadline, ask = time.monotonic() + PATIENCE_S, 0.0
     while (steps_of(run) or [{"step": 0}])[-1]["step"] < step:
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"no step {step}; {cluster.job(job)}\n{cluster.output(job)}")
+        now = time.monotonic()
+        if now > ask:
+            ask, ended = now + 3, cluster.job(job)["JobState"] in FINAL_STATES
+            if ended or now > deadline:
+                raise TimeoutError(f"no step {step}; {cluster.job(job)}\n{cluster.output(job)}")
         time.sleep(0.03)
 
 
@@ -93,7 +110,7 @@ def test_a_stopped_requeued_job_that_loses_a_node_has_the_losses_of_an_undisturb
     cluster.kill_node("node2")
     cluster.wait_for(job, lambda it: it["Restarts"] == "2")
     cluster.start_node("node2")
-    ended = cluster.wait(job, timeout_s=170)
+    ended = cluster.wait(job)
     output = cluster.output(job)
     assert ended["JobState"] == "COMPLETED", output
     assert "SIGUSR1: stops and saves" in output
@@ -113,16 +130,14 @@ def test_a_stopped_requeued_job_that_loses_a_node_has_the_losses_of_an_undisturb
 def test_one_dead_task_fails_the_job_within_seconds(
     cluster: SlurmCluster, undisturbed: Path, tmp_path: Path, words: list[str]
 ) -> None:
-    run = tmp_path / "runs" / "tiny"
-    run.mkdir(parents=True)
-    (run / "prepare").symlink_to(undisturbed / "prepare")
+    run = prepared(undisturbed, tmp_path)
     endless = [*words, "pretrain.steps=100000", "tracking=none"]
     job = start(cluster, tmp_path, endless, ALLMEM_MAX_FAILURES="0")
     wait_for_step(cluster, job, run, 2)
     (task,) = tasks_of(cluster, "node2")
     os.kill(task, signal.SIGKILL)
     started = time.monotonic()
-    ended = cluster.wait(job, timeout_s=60)
+    ended = cluster.wait(job, timeout_s=120)
     assert time.monotonic() - started < 30
     assert ended["JobState"] == "FAILED"
     assert ended["Restarts"] == "0"
@@ -135,13 +150,11 @@ def test_one_dead_task_fails_the_job_within_seconds(
 def test_a_cancelled_job_is_not_requeued(
     cluster: SlurmCluster, undisturbed: Path, tmp_path: Path, words: list[str]
 ) -> None:
-    run = tmp_path / "runs" / "tiny"
-    run.mkdir(parents=True)
-    (run / "prepare").symlink_to(undisturbed / "prepare")
+    run = prepared(undisturbed, tmp_path)
     job = start(cluster, tmp_path, [*words, "pretrain.steps=100000"])
     wait_for_step(cluster, job, run, 2)
     cluster.run("scancel", job)
-    ended = cluster.wait(job, timeout_s=60)
+    ended = cluster.wait(job, timeout_s=120)
     assert ended["JobState"] == "CANCELLED"
     time.sleep(2)
     ended = cluster.job(job)
@@ -168,9 +181,9 @@ def test_the_node_of_the_batch_script_may_die_too(
     job = start(cluster, tmp_path, words)
     wait_for_step(cluster, job, run, 12)
     cluster.kill_node("node1", declare=False)  # Slurm finds out by itself
-    cluster.wait_for(job, lambda it: it["Restarts"] == "1", timeout_s=90)
+    cluster.wait_for(job, lambda it: it["Restarts"] == "1")
     cluster.start_node("node1")
-    assert cluster.wait(job, timeout_s=170)["JobState"] == "COMPLETED", cluster.output(job)
+    assert cluster.wait(job)["JobState"] == "COMPLETED", cluster.output(job)
     wanted, found = steps_of(undisturbed), steps_of(run)
     assert [line["train/loss"] for line in found] == [line["train/loss"] for line in wanted]
 
@@ -179,14 +192,12 @@ def test_the_node_of_the_batch_script_may_die_too(
 def test_the_time_limit_itself_requeues(
     cluster: SlurmCluster, undisturbed: Path, tmp_path: Path, words: list[str]
 ) -> None:
-    run = tmp_path / "runs" / "tiny"
-    run.mkdir(parents=True)
-    (run / "prepare").symlink_to(undisturbed / "prepare")
+    run = prepared(undisturbed, tmp_path)
     limit = ["--time=2", "--signal=B:USR1@30"]
     job = cluster.sbatch(
         *shape(tmp_path, nodes=2), *limit, SCRIPT, *words, "pretrain.steps=100000", cwd=tmp_path
     )
-    cluster.wait_for(job, lambda it: it["Restarts"] == "1", timeout_s=200)
+    cluster.wait_for(job, lambda it: it["Restarts"] == "1")
     saved = steps_of(run)[-1]["step"]
     assert (run / "pretrain" / "checkpoints" / f"step_{saved:08}").is_dir()
     wait_for_step(cluster, job, run, saved + 1)
@@ -199,14 +210,14 @@ def test_a_run_goes_on_over_four_nodes_in_another_layout(tmp_path: Path, words: 
     skip_without_slurm()
     with SlurmCluster(4, env={**JOB_ENV, "ALLMEM_SCRATCH": str(tmp_path)}) as cluster:
         job = start(cluster, tmp_path, [*words, "stage=prepare"])
-        assert cluster.wait(job, timeout_s=170)["JobState"] == "COMPLETED", cluster.output(job)
+        assert cluster.wait(job)["JobState"] == "COMPLETED", cluster.output(job)
         four = [*shape(tmp_path, nodes=4), SCRIPT, *words, "parallel.tp=2", "parallel.cp=2"]
         job = cluster.sbatch(*four, cwd=tmp_path)
         run = tmp_path / "runs" / "tiny"
         wait_for_step(cluster, job, run, 3)
         cluster.run("scancel", "--batch", "--signal=USR1", job)
         cluster.wait_for(job, lambda it: it["Restarts"] == "1")
-        ended = cluster.wait(job, timeout_s=170)
+        ended = cluster.wait(job)
         assert ended["JobState"] == "COMPLETED", cluster.output(job)
         assert "4 task(s) on node1, node2, node3, node4 are fit" in cluster.output(job)
         assert [line["step"] for line in steps_of(run)] == list(range(1, STEPS + 1))
