@@ -8,16 +8,23 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _disable_current_modes,
+    _get_current_dispatch_mode,
+)
 
 from allmem_hf import AllMemCache
 from allmem_hf.decode_allmem import set_decode_backend
+from pipeline.decode_graph import GraphedDecoder
+from tests.benchmarks.test_decode_graph import Recorder, recorded
 
 pytest.importorskip("triton", reason="pip install triton (Linux) to test the Triton kernels")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -224,6 +231,31 @@ def test_launches_of_a_layer(tiny, tokens, counting, branch, backend, launches) 
     assert counts[1] - counts[0] == launches
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are not interpreted here")
+def test_fused_steps_can_be_recorded_on_fixed_buffers(tiny, tokens, monkeypatch) -> None:
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    execute = interpreter.GridExecutor.__call__
+
+    def kept(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        mode = _get_current_dispatch_mode()
+        if isinstance(mode, Recorder):  # as a CUDA graph keeps a launch
+            mode.calls.append((partial(execute, executor), args, kwargs, None))
+        with _disable_current_modes():
+            return execute(executor, *args, **kwargs)
+
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", kept)
+    model, rows, steps = tiny(**ONE_LAYER), [tokens(1, 20), tokens(1, 17)], 7
+    cache = read(model, rows, steps)  # beyond W + s, at other places of their chunks
+    other = copy.deepcopy(cache)
+    set_decode_backend(model, "triton")
+    decoder, found = GraphedDecoder(model, cache, capture=recorded(cache)), []
+    for left in range(steps, 0, -1):
+        ids = torch.cat([row[:, row.shape[1] - left :][:, :1] for row in rows])
+        found.append(decoder(ids).clone())
+    set_decode_backend(model, "reference")
+    assert error(torch.stack(found, 1), write(model, other, rows, steps)) < 1e-5
+
+
 def test_only_decode_steps_that_have_kernels_are_fused(tiny, tokens, monkeypatch) -> None:
     from allmem_hf import modeling_allmem
 
@@ -278,8 +310,6 @@ def test_fused_steps_on_the_gpu_equal_the_plain_ones(tiny, tokens, dtype, bound)
 
 @pytest.mark.gpu
 def test_a_graph_of_fused_steps_equals_plain_steps(tiny, tokens) -> None:
-    from pipeline.decode_graph import GraphedDecoder
-
     model = tiny("allmem", **{**WIDE, "window_size": 100}).cuda()
     rows = [tokens(1, length, seed=length).cuda() for length in (300, 333)]
     cache, steps = read(model, rows, 150), 150  # over two chunks of each row
