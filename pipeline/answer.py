@@ -190,7 +190,7 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise ValueError(f"prompts={path} is not there; name a file of JSON lines")
     records: dict[str, dict[str, Any]] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -199,6 +199,8 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
             raise ValueError(f"{path} line {number} is not JSON ({error}); mend it") from error
         if not isinstance(record, dict) or not ({"prompt", "messages"} & set(record)):
             raise ValueError(f"{path} line {number} has neither prompt nor messages; add one")
+        if not isinstance(record.get("prompt", ""), str):
+            raise ValueError(f"{path} line {number}: prompt is no text; write one in quotes")
         name = str(record.get("id", ""))
         if not name or name in records:
             raise ValueError(f"{path} line {number} has no id of its own ({name!r}); give it one")

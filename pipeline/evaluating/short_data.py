@@ -39,9 +39,9 @@ def read_rows(path: Path, task: str) -> list[Row]:
         ValueError: a line that is no such record, or no record at all.
     """
     rows = []
-    for number, record in _records(path):
+    for number, text in _texts(path):
         try:
-            rows.append(CONVERTERS[task](record))
+            rows.append(CONVERTERS[task](json.loads(text) if isinstance(text, str) else text))
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{path} record {number} is none of {task} ({type(error).__name__}: {error}); "
@@ -52,18 +52,21 @@ def read_rows(path: Path, task: str) -> list[Row]:
     return rows
 
 
-def _records(path: Path) -> Iterator[tuple[int, Any]]:
-    """(number, record) of a JSON list, JSON lines, or HellaSwag's plain text."""
+def _texts(path: Path) -> Iterator[tuple[int, Any]]:
+    """(number, line) of JSON lines; (number, record) of a JSON list or HellaSwag's plain text."""
     if ".txt" in path.suffixes:
         yield from enumerate(_hellaswag_text(path), start=1)
         return
     text = _read(path)
     if path.suffix == ".json":
-        yield from enumerate(json.loads(text), start=1)
+        try:
+            yield from enumerate(json.loads(text), start=1)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is not JSON ({error}); fetch it again") from error
         return
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):  # splitlines knows other line ends
         if line.strip():
-            yield number, json.loads(line)
+            yield number, line
 
 
 def _read(path: Path) -> str:
@@ -73,7 +76,7 @@ def _read(path: Path) -> str:
 
 def _hellaswag_text(path: Path) -> Iterator[Row]:
     """Blocks of six lines: context, the right ending's number, four endings."""
-    lines = _read(path).splitlines()
+    lines = _read(path).removesuffix("\n").split("\n")
     if len(lines) % 6:
         raise ValueError(f"{path} has {len(lines)} lines, no multiple of 6; fetch it again")
     for start in range(0, len(lines), 6):

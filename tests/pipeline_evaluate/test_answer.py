@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.answer import main
+from pipeline.answer import main, read_prompts
 
 
 def prompts(path: Path, *records: dict[str, Any]) -> Path:
@@ -33,10 +33,18 @@ def test_answers_are_written_in_order_and_drawn_once(task_run: Any, tmp_path: Pa
     assert len(journal.read_text().splitlines()) == 6
 
 
+def test_only_a_newline_ends_a_line(tmp_path: Path) -> None:
+    record = {"id": "a", "prompt": "one\u2028two\x85three"}
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(json.dumps(record, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert read_prompts(file) == [record]
+
+
 @pytest.mark.parametrize(
     ("records", "extra", "message"),
     [
         ([{"id": "a"}], [], "line 1 has neither prompt nor messages"),
+        ([{"id": "a", "prompt": 5}], [], "line 1: prompt is no text"),
         ([{"id": "a", "prompt": "x"}] * 2, [], "line 2 has no id of its own ('a')"),
         ([{"id": "a", "messages": []}], [], "the tokenizer has no chat template"),
         ([{"id": "a", "prompt": "x" * 690}], ["max_new_tokens=20"], "leave 680"),
