@@ -73,6 +73,31 @@ def test_gradients_alone_that_are_wrong_are_refused(tmp_path: Path) -> None:
     assert [row["status"] for row in results.rows.values()] == ["refused"]
 
 
+@pytest.mark.parametrize("calls", [1, 2])
+def test_a_version_that_fails_when_it_is_timed_ends_no_run(calls: int, tmp_path: Path) -> None:
+    contest = make_contest(
+        "attention", SHAPES["tiny"], batch=1, tokens=50, backward=False, device=CPU,
+        dtype=torch.float32, compiled=False,
+    )  # fmt: skip
+    plain, full = (
+        next(one for one in contest.contenders if one.name == name)
+        for name in ("window: plain", "full: SDPA")
+    )
+    left = iter(range(calls))  # the check, then the first call alone
+
+    def fails_later(leaves: dict[str, torch.Tensor]) -> torch.Tensor:
+        if next(left, None) is None:
+            raise torch.OutOfMemoryError("no room for the timed call")
+        return plain.run(leaves)
+
+    contest.contenders = [replace(plain, run=fails_later), full]
+    results = Results(tmp_path / "rows.json", {})
+    contest.run(Stopwatch(CPU), CEILINGS, results, 0.01)
+    rows = {row["name"]: row for row in results.rows.values()}
+    assert "no room for the timed call" in rows["window: plain"]["why"]
+    assert rows["full: SDPA"]["status"] == ("measured" if calls == 1 else "not measured")
+
+
 def test_commands_refuse_by_their_exit_status_and_go_on_where_they_were(tmp_path: Path) -> None:
     out = tmp_path / "kernels.json"
     words = ["--device", "cpu", "--tiny", "--no-compile", "--group-s", "0.01", "--out", str(out)]
