@@ -133,12 +133,11 @@ class MlflowRecorder:
         self.tracked, self.notes = tracked, tracked.notes
         self.client = open_client(tracked.uri, tracked.settings.timeout_s)
         self.experiment_id = self._experiment()
-        resolved = tracked.run_dir.resolve()
-        name = tracked.settings.run_name or f"{tracked.recipe} {resolved.name}"
-        parent = self.open_run(PARENT, name, {"kind": "recipe"})
+        parent = self.open_run(PARENT, tracked.title, {"kind": "recipe"})
         kind = "training" if tracked.stage in TRAINING_STAGES else tracked.stage
         tags = {"mlflow.parentRunId": parent, "stage": tracked.entry, "kind": kind}
-        self.runs = {"parent": parent, "child": self.open_run(tracked.label, tracked.label, tags)}
+        child = self.open_run(tracked.label, f"{tracked.label} ({tracked.title})", tags)
+        self.runs = {"parent": parent, "child": child}
         self._shipped = {
             "child": self._last("child", LOGGED_STEP),
             "parent": self._last("parent", parent_name(LOGGED_STEP, tracked.label)),

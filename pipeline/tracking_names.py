@@ -69,9 +69,9 @@ def shown_name(name: str) -> str:
         mixer, _, metric = name.split("/")
         return metric_name(f"eval/{mixer} {metric}")
     if name.startswith("memory/"):
-        # means first; what there is more of stands behind the losses
+        # all behind the losses; means first
         _, kind, what = name.split("/", 2)
-        section = "memory" if what == "mean" else "train: memory spread"
+        section = "train: memory" if what == "mean" else "train: memory spread"
         section = "train: memory by layer" if what.startswith("layer_") else section
         return metric_name(f"{section}/{kind} {what}")
     return metric_name(SECTIONS.get(name, name))

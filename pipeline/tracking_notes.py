@@ -74,6 +74,13 @@ class Tracked:
         return self.run_dir / self.label
 
     @property
+    def title(self) -> str:
+        """Name of the recipe's run: the recipe, and the folder's name where it is another."""
+        folder = self.run_dir.resolve().name
+        own = self.recipe if folder == self.recipe else f"{self.recipe} {folder}"
+        return self.settings.run_name or own
+
+    @property
     def metrics_file(self) -> Path:
         """The stage's own metrics."""
         return self.dir / "metrics.jsonl"

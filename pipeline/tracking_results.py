@@ -46,9 +46,9 @@ def send_evaluation(server: Server) -> None:
     if server.notes.read(label).get("page") == stamp:
         return
     page = folder / "report.html"
-    text = report_page(folder, f"{server.tracked.recipe}: evaluation")
+    text = report_page(folder, f"{server.tracked.title}: evaluation")
     write_atomically(page, lambda file: _write(file, text))
-    title = _TITLE.format(recipe=server.tracked.recipe, label=label)
+    title = _TITLE.format(recipe=server.tracked.title, label=label)
     note = describe(title, (folder / "table.md").read_text(encoding="utf-8"))
     for kind, place in (("child", None), ("parent", label)):
         server.client.log_artifact(server.runs[kind], str(page), place)
@@ -67,7 +67,7 @@ def _send_subject(server: Server, subject: str, points: list[Point], stamp: list
         server.client.delete_run(note["run_id"])
         server.notes.write(place, {})
     tags = {"mlflow.parentRunId": server.runs["child"], "stage": place, "kind": "mixer"}
-    run_id = server.open_run(place, f"{subject} ({server.tracked.recipe})", tags)
+    run_id = server.open_run(place, f"{subject} ({server.tracked.title})", tags)
     when = stamp[1] // 1_000_000
     server.send_points(run_id, points, when)
     server.client.set_terminated(run_id, "FINISHED", when)

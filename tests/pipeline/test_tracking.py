@@ -71,7 +71,7 @@ def runs_of(path: Path) -> tuple[MlflowClient, dict[str, Any]]:
     client = MlflowClient(tracking_uri=f"sqlite:///{path}/mlflow.db")
     experiment = client.get_experiment_by_name("allmem")
     found = client.search_runs([experiment.experiment_id])
-    return client, {run.info.run_name: run for run in found}
+    return client, {run.info.run_name.partition(" (")[0]: run for run in found}
 
 
 def artifacts_of(path: Path, run_name: str) -> dict[str, str]:

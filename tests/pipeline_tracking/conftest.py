@@ -35,11 +35,17 @@ class Server:
         os.killpg(self.process.pid, signal.SIGCONT)
 
     def runs(self, experiment: str = "allmem") -> tuple[MlflowClient, dict[str, Any]]:
-        """The client, and the runs of an experiment by name."""
+        """The client, and the runs of an experiment by name; stages without the run's name."""
         client = MlflowClient(tracking_uri=self.uri)
         found = client.search_runs([client.get_experiment_by_name(experiment).experiment_id])
-        assert len({run.info.run_name for run in found}) == len(found)
-        return client, {run.info.run_name: run for run in found}
+        names = [
+            run.info.run_name
+            if run.data.tags["kind"] == "mixer"
+            else run.info.run_name.partition(" (")[0]
+            for run in found
+        ]
+        assert len(set(names)) == len(found)
+        return client, dict(zip(names, found, strict=True))
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,7 @@ from pipeline.metrics_log import MetricsLog
 from pipeline.tracking import MANIFEST_TAG, track
 from tests.pipeline_tracking.conftest import SCREENSHOTS, Server
 
-PARENT = "tiny tiny"
+PARENT = "tiny"
 MIXERS = {"full (tiny)", "swa (tiny)", "allmem (tiny)", "memory_off (tiny)"}
 
 
@@ -52,7 +52,7 @@ def test_metrics_stand_in_their_sections_and_headlines_on_the_parent(
     found = runs["convert"].data.metrics
     for name in (
         *("train/loss", "train/kl", "train/grad_norm", "train/lr"),
-        *("memory/alpha_abs mean", "memory/eta mean", "memory/mu mean"),
+        *("train: memory/alpha_abs mean", "train: memory/eta mean", "train: memory/mu mean"),
         *("train: memory by layer/alpha_abs layer_01", "train: memory spread/eta std"),
         *("throughput/tokens_per_s", "throughput/flops_per_s", "throughput/mfu"),
         *("system/process_memory_gb", "system/cpu_utilization_percentage"),
@@ -60,7 +60,9 @@ def test_metrics_stand_in_their_sections_and_headlines_on_the_parent(
         assert name in found, sorted(found)
     headlines = runs[PARENT].data.metrics
     assert headlines["train/loss convert"] == found["train/loss"]
-    assert headlines["memory/alpha_abs mean convert"] == found["memory/alpha_abs mean"]
+    assert (
+        headlines["train: memory/alpha_abs mean convert"] == found["train: memory/alpha_abs mean"]
+    )
     assert "eval/allmem loss_beyond_window" in headlines
     run_id = runs["convert"].info.run_id
     steps = [point.step for point in client.get_metric_history(run_id, "train/loss")]
@@ -98,7 +100,7 @@ def charts_of(page: Any, server: Server, link: str, name: str, least: int) -> st
 
 def test_training_curves_are_drawn(server: Server, tiny_run: Path, page: Any):
     text = charts_of(page, server, "training curves", "training", 4)
-    for wanted in ("pretrain", "convert", "memory/alpha_abs mean", "throughput/mfu"):
+    for wanted in ("pretrain", "convert", "train/loss", "throughput/mfu"):
         assert wanted in text
     assert "evaluate" not in text
 
