@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.slurm.cluster import SlurmCluster, skip_without_slurm
+from tests.slurm.cluster import ROOT, SlurmCluster, skip_without_slurm
 
 
 def test_two_clusters_run_side_by_side_and_leave_nothing(tmp_path: Path) -> None:
@@ -24,6 +28,26 @@ def test_two_clusters_run_side_by_side_and_leave_nothing(tmp_path: Path) -> None
     assert time.monotonic() - started < 30
     assert not any(folder.exists() for folder in folders)
     assert not [path for path in Path("/proc").glob("[0-9]*/environ") if _mentions(path, folders)]
+
+
+def test_a_cluster_ends_with_a_process_that_is_killed() -> None:
+    skip_without_slurm()
+    text = (
+        "import os, signal\nfrom tests.slurm.cluster import SlurmCluster\n"
+        "with SlurmCluster(2) as it:\n"
+        "    print(it.folder, flush=True)\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", text], cwd=ROOT, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    folder = Path(done.stdout.strip())
+    assert folder.name.startswith("slurm-")
+    deadline = time.monotonic() + 30
+    while any(_mentions(path, (folder,)) for path in Path("/proc").glob("[0-9]*/environ")):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    shutil.rmtree(folder)
 
 
 @pytest.mark.slow
