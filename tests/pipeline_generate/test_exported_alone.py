@@ -63,6 +63,28 @@ out, state = scan(*held["inputs"], weights(*held["weights"]), chunk_size=16, bac
 torch.save({"out": out, "gate": state.weights.gate}, sys.argv[4])
 """
 
+STEP = """
+import importlib, importlib.util, json, sys
+sys.path += json.loads(sys.argv[1])
+assert importlib.util.find_spec("kernels") is None
+import torch
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained(sys.argv[2], trust_remote_code=True)
+here = type(model).__module__.rsplit(".", 1)[0]
+chosen = importlib.import_module(here + ".decode_allmem").set_decode_backend
+logits = []
+for backend in ("reference", "triton"):
+    chosen(model, backend)
+    with torch.no_grad():
+        cache = model(torch.arange(1, 90)[None], use_cache=True).past_key_values
+        step = model(torch.tensor([[7]]), past_key_values=cache, use_cache=True)
+    logits.append(step.logits[0, 0])
+told = model.kernel_backends()["decode"]
+error = (logits[1] - logits[0]).norm() / logits[0].norm()
+print("ANSWER" + json.dumps({"told": told, "error": error.item()}))
+"""
+
 
 def alone(program: str, *arguments: str, cwd: Path, **environment: str) -> str:
     kept = {key: v for key, v in os.environ.items() if not key.startswith(("PYTHON", "HF_"))}
@@ -114,3 +136,11 @@ def test_the_export_s_triton_kernels_compute_the_memory_without_this_project(exp
     assert state is not None
     torch.testing.assert_close(found["out"], out, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(found["gate"], state.weights.gate, atol=1e-4, rtol=1e-4)
+
+
+def test_the_export_s_fused_decode_step_runs_without_this_project(exported, tmp_path):
+    pytest.importorskip("triton")
+    said = alone(STEP, str(exported), cwd=tmp_path, TRITON_INTERPRET="1")
+    answer = json.loads(said.split("ANSWER")[1])
+    assert answer["told"] == "triton"
+    assert 0 < answer["error"] < 1e-4  # other arithmetic, the same function
