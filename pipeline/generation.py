@@ -16,7 +16,7 @@ from torch import Tensor
 
 from allmem_hf import AllMemCache, AllMemForCausalLM
 from pipeline.decode_graph import GraphedDecoder, is_steady
-from pipeline.generation_choice import StopTexts, check_asked, choose, without
+from pipeline.generation_choice import StopTexts, check_asked, choose, ids_of, without
 
 Advance = Callable[[int, int], None]
 """Told of a prefill's progress: tokens read, and tokens in all."""
@@ -139,7 +139,7 @@ class Generator:
     def _pieces(self, tokens: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
         for start in range(0, len(tokens), self.prefill_chunk):
             part = list(tokens[start : start + self.prefill_chunk])
-            yield start + len(part), torch.tensor([part], device=self.device)
+            yield start + len(part), ids_of([part], self.model.config.vocab_size).to(self.device)
 
     def _hidden(self, ids: Tensor, cache: AllMemCache | None, mask: Tensor | None = None) -> Tensor:
         """Final hidden states `[B, T, D]`."""
@@ -257,7 +257,8 @@ class Generator:
 
     def _padded(self, rows: Sequence[Sequence[int]], longest: int) -> tuple[Tensor, Tensor]:
         """Rows as ids [B, longest], filled up behind, and their mask."""
-        ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows])
+        filled = [[*row, *[0] * (longest - len(row))] for row in rows]
+        ids = ids_of(filled, self.model.config.vocab_size)
         mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
         return ids.to(self.device), mask.to(self.device)
 
@@ -339,6 +340,9 @@ class Generator:
         lengths = [len(context) + len(continuation) - 1 for context, continuation in pairs]
         batch: list[int] = []
         for index in sorted(range(len(pairs)), key=lambda i: -lengths[i]):
+            if not pairs[index][1]:
+                results[index] = (0.0, True)
+                continue
             if lengths[index] > self.prefill_chunk:
                 results[index] = self._long_likelihood(*pairs[index])
                 continue

@@ -21,11 +21,30 @@ def check_asked(
     if isinstance(prompts, str) or any(isinstance(prompt, str) for prompt in prompts):
         raise ValueError("a prompt is text; give token ids, tokenizer(text)['input_ids']")
     check_sampling(temperature, top_p)
+    most = given.get("max_new_tokens", 0)
+    if (lowest := min([most] if isinstance(most, int) else most, default=0)) < 0:
+        raise ValueError(f"max_new_tokens={lowest} is negative; set it to 0 or more")
     for name, value in given.items():
         if value is not None and not isinstance(value, int) and len(value) != len(prompts):
             raise ValueError(
                 f"{len(value)} {name} do not fit {len(prompts)} prompts; give one a prompt"
             )
+
+
+def ids_of(rows: Sequence[Sequence[int]], vocab_size: int) -> Tensor:
+    """Rows of one length as `[R, T]` int64, on the CPU.
+
+    Raises:
+        ValueError: an id that the model does not have: a GPU would only say so by going down.
+    """
+    ids = torch.tensor(rows, dtype=torch.int64)
+    wrong = ids[(ids < 0) | (ids >= vocab_size)]
+    if len(wrong):
+        raise ValueError(
+            f"token id {int(wrong[0])} is not below the model's vocab_size={vocab_size}; use the "
+            "model's own tokenizer"
+        )
+    return ids
 
 
 def check_sampling(temperature: float, top_p: float) -> None:

@@ -174,12 +174,26 @@ def test_loglikelihoods_equal_sums_over_whole_sequences(mode, model_of, draw):
     assert [is_greedy for _, is_greedy in found[:1] + found[4:]] == [True, False, True]
 
 
+def test_an_empty_continuation_is_certain(model_of, draw):
+    generator = Generator(model_of("allmem"), prefill_chunk=8)
+    whole = (draw(3), draw(2))
+    found = generator.loglikelihoods([([5], []), whole, (draw(20), [])])
+    assert [found[0], found[2]] == [(0.0, True)] * 2
+    assert found[1] == generator.loglikelihoods([whole])[0]
+
+
 def test_what_does_not_fit_is_refused(model_of, megatron, draw):
     generator = Generator(model_of("swa"))
     with pytest.raises(ValueError, match="no token"):
         generator.generate([[]], max_new_tokens=3)
     with pytest.raises(ValueError, match="2 seeds do not fit 1 prompts"):
         generator.generate([draw(3)], max_new_tokens=3, seeds=[1, 2])
+    for limits in (-1, [-1]):
+        with pytest.raises(ValueError, match="max_new_tokens=-1 is negative"):
+            generator.generate([draw(3)], max_new_tokens=limits)
+    for prompts in ([[1, 97]], [[1], [-1]]):
+        with pytest.raises(ValueError, match="is not below the model's vocab_size=97"):
+            generator.generate(prompts, max_new_tokens=1)
     with pytest.raises(ValueError, match="top_p=0"):
         generator.generate([draw(3)], max_new_tokens=3, temperature=1.0, top_p=0)
     with pytest.raises(ValueError, match="decode"):
