@@ -11,9 +11,10 @@ from torch import Tensor
 
 from kernels.swa import decode_kernels as kernels
 
-_PROGRAMS = 512
-"""Programs wanted at least, by splitting the slots: about four for each of a GPU's processors."""
-_MOST_SPLITS = 32
+_PROGRAMS = 3 * 132
+"""Programs wanted at most, by splitting the slots: those that run at once on a Hopper GPU."""
+_MOST_SPLITS = 64
+JOIN_WARPS = 8
 
 
 def step_blocks(width: int, group: int, item: int) -> dict[str, int]:
@@ -31,7 +32,7 @@ def step_blocks(width: int, group: int, item: int) -> dict[str, int]:
 def splits(rows: int, heads: int, slots: int, block: int) -> tuple[int, int]:
     """Splits of the slots, and slots of each: a multiple of the block."""
     most = min(_MOST_SPLITS, triton.cdiv(slots, block))
-    count = max(1, min(most, triton.cdiv(_PROGRAMS, rows * heads)))
+    count = max(1, min(most, _PROGRAMS // (rows * heads)))
     share = triton.cdiv(triton.cdiv(slots, count), block) * block
     return triton.cdiv(slots, share), share
 
@@ -95,7 +96,7 @@ def window_step(
     )  # fmt: skip
     kernels.join_splits_kernel[(rows * num_heads,)](
         parts, extremes, out, count, width, BS=triton.next_power_of_2(count), BK=blocks["BK"],
-        num_warps=4,
+        num_warps=JOIN_WARPS,
     )  # fmt: skip
     return out
 

@@ -50,7 +50,7 @@ def cases(item: int, shapes: list[str]) -> list[tuple[str, Any, dict[str, Any]]]
         window |= {"PRECISION": "ieee" if item == 4 else "tf32"}
         window |= swa.step_blocks(wide, group, item)
         found.append((shape, swa_kernels.window_step_kernel, window))
-        join = {"K": wide, "BS": 32, "BK": window["BK"], "num_warps": 4}
+        join = {"K": wide, "BS": 64, "BK": window["BK"], "num_warps": swa.JOIN_WARPS}
         found.append((shape, swa_kernels.join_splits_kernel, join))
     for size in SIZES:
         norm = {"D": size, "ADDS": True, "SCALED": True, **decode.norm_blocks(size)}
