@@ -81,7 +81,7 @@ def _swap(stack: contextlib.ExitStack, owner: Any, name: str, value: Any) -> Non
 @contextlib.contextmanager
 def _triton_modules() -> Iterator[list[ModuleType]]:
     """The modules that launch, and are launched; with stand-ins where Triton is not installed."""
-    own = ("forward", "backward", "scan", "branch_kernels", "branch")
+    own = ("forward", "backward", "backward_reads", "scan", "branch_kernels", "branch")
     names = [*(f"{PACKAGE}.{name}" for name in own), VOCABULARY]
     if importlib.util.find_spec("triton") is not None:
         yield [importlib.import_module(name) for name in names]
