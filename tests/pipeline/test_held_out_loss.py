@@ -62,7 +62,7 @@ def test_it_is_the_loss_that_transformers_finds(run: Path):
 def test_it_has_a_line_of_its_own_where_nothing_else_is_logged(run: Path):
     lines = lines_of(run, "pretrain")
     assert [line["step"] for line in lines] == [3, 4, 6, 8]
-    assert set(lines[1]) == {"step", "eval/loss"}
+    assert set(lines[1]) == {"step", "time", "eval/loss"}
 
 
 def test_other_losses_are_measured_too(run: Path):

@@ -29,7 +29,8 @@ def of(config: RunConfig, entry: str, device: str = "cpu") -> dict[str, Any]:
 
 
 def test_a_branch_starts_from_its_own_stages_and_the_bases(config: RunConfig):
-    assert lineage(config, branch="allmem") == ["pretrain", "align", "convert", "sft"]
+    trained = ["pretrain", "align", "convert", "convert:on_policy", "sft"]
+    assert lineage(config, branch="allmem") == trained
     assert lineage(config, branch="allmem", before="convert") == ["pretrain", "align"]
     assert lineage(config, branch="mamba2") == ["pretrain", "convert@mamba2"]
     assert lineage(config, branch="none") == ["pretrain"]

@@ -39,6 +39,7 @@ _SLURM_CONF = """\
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={port}
+FirstJobId={first_job}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
@@ -187,6 +188,8 @@ class SlurmCluster:
         text = _SLURM_CONF.format(
             host=host,
             port=controller,
+            # ports of jobs follow from their numbers: two clusters beside each other must differ
+            first_job=random.randrange(1, 1_000_000),
             folder=folder,
             nodes="\n".join(lines),
             gres_types="GresTypes=gpu" if gres else "",

@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from allmem_megatron.parallel import destroy_model_parallel
 from pipeline.config import compose
 from pipeline.planning.plan import make_plan
 from tests.slurm.cluster import ROOT
@@ -24,6 +25,7 @@ NODES_64 = ["parallel=cp8_a2a", "plan.num_gpus=64"]
     ids=["8b-8", "8b-64", "1.7b-8", "0.6b-8"],
 )
 def test_the_layouts_of_the_scripts_fit_80_gb(words: list[str]) -> None:
+    destroy_model_parallel()  # another test of this process may have made a world of one rank
     plan = make_plan(compose([*words, "plan.gpu=h100", "plan.search=false"]), lambda *_: None)
     assert not plan.refusals
     convert = next(stage for stage in plan.stages if stage.work.entry == "convert")
