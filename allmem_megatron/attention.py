@@ -28,6 +28,7 @@ from allmem_megatron.inputs import MixerInputs
 from allmem_megatron.mamba2 import Mamba2Branch
 from allmem_megatron.memory import MemoryBranch
 from allmem_megatron.norm import RMSNorm
+from allmem_megatron.order import tokens_first
 from allmem_megatron.rotary import apply_rotary
 
 
@@ -149,9 +150,7 @@ class TokenMixer(MegatronModule):
         return attention_over_ranks(q, k, v, inputs.context, reach, (self.layer_number, what))
 
     def _project(self, heads_BTHK: Tensor) -> Tensor:
-        # [B, T, H, K] -> [T, B, H K]
-        flat = heads_BTHK.flatten(2).transpose(0, 1).contiguous()
-        return self.linear_proj(flat)[0]
+        return self.linear_proj(tokens_first(heads_BTHK.flatten(2)))[0]
 
     def _align(self, x: Tensor, inputs: MixerInputs, settings: MixerSettings) -> Tensor:
         """Full attention's output; also records this layer's squares."""

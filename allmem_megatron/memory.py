@@ -28,6 +28,7 @@ from allmem_megatron.config import BaseModelConfig, MemoryConfig, MixerSettings
 from allmem_megatron.context_parallel import ContextShard
 from allmem_megatron.memory_parallel import conv_halo, keep_gradients, memory_over_ranks
 from allmem_megatron.norm import shared_over_tp
+from allmem_megatron.order import tokens_first
 from allmem_megatron.shard_scan import ShardDocuments, Streams
 from kernels.ttt_memory import FastWeights, memory_scan
 from kernels.ttt_memory.branch import eta_from, mu_from
@@ -175,8 +176,7 @@ class BranchBase(MegatronModule):
         """alpha times equation (12), [T, B, D], on top of `base`; gate_logits [B, T, H]."""
         norm_weight = shared_over_tp(self.o_norm, self.tp_group)
         mixed = gated_output(v_hat_BTHK, norm_weight, gate_logits, self.eps)
-        # [B, T, H K] -> [T, B, H K]
-        out, _ = self.o_proj(mixed.transpose(0, 1).contiguous())
+        out, _ = self.o_proj(tokens_first(mixed))
         alpha: Tensor = self.alpha
         if self.config.sequence_parallel:  # each rank multiplies T / tp tokens
             alpha = shared_over_tp(alpha, self.tp_group)

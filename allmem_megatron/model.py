@@ -33,6 +33,7 @@ from allmem_megatron.inputs import MixerInputs
 from allmem_megatron.layer_specs import block_spec, transformer_config
 from allmem_megatron.mamba2 import Mamba2Branch
 from allmem_megatron.memory import MemoryBranch
+from allmem_megatron.order import batch_first
 from allmem_megatron.parallel import ensure_model_parallel
 from allmem_megatron.rotary import cos_sin, inverse_frequencies, positions_within_documents
 from allmem_megatron.sharding import part_of, tag_tensor_parallel
@@ -149,7 +150,7 @@ class AllMemGPTModel(GPTModel):
             else:
                 x = context.exchange.attach(x)
             context.exchange.finish()
-        return x.transpose(0, 1)  # [T, B, D] -> [B, T, D]
+        return batch_first(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] -> [..., V], the whole vocabulary on every rank."""

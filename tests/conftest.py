@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
     # Triton reads it when it is imported: kernels then run on the CPU, slowly and exactly
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(autouse=True)
+def nobody_asked_to_stop() -> Iterator[None]:
+    """A run that a test let be stopped keeps its request, which would stop the next test's."""
+    from pipeline.survival import stop
+
+    stop.reset()
+    yield

@@ -21,8 +21,10 @@ SCRIPT = str(ROOT / "slurm" / "stage.sh")
 
 def start(rank: int, words: list[str], port: int, **env: str) -> subprocess.Popen[str]:
     """One of two tasks, one on each of node1 and node2, as srun and common.sh start them."""
+    # a test of one rank in this process may have left its own place here
+    foreign = ("SLURM", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_")
     ours = {
-        **{key: value for key, value in os.environ.items() if not key.startswith("SLURM")},
+        **{key: value for key, value in os.environ.items() if not key.startswith(foreign)},
         **JOB_ENV,
         "PYTHONPATH": str(ROOT),
         "ALLMEM_NODES": "node1,node2",
