@@ -28,7 +28,7 @@ from allmem_megatron.inputs import MixerInputs
 from allmem_megatron.mamba2 import Mamba2Branch
 from allmem_megatron.memory import MemoryBranch
 from allmem_megatron.norm import RMSNorm
-from allmem_megatron.order import tokens_first
+from allmem_megatron.order import batch_first, tokens_first
 from allmem_megatron.rotary import apply_rotary
 
 
@@ -132,7 +132,7 @@ class TokenMixer(MegatronModule):
         num_tokens, batch = mixed.shape[:2]
         # [T, B, G (group_size + 2) K] -> [B, T, G, group_size + 2, K]: convert once
         mixed = mixed.view(num_tokens, batch, self.num_groups, self.group_size + 2, self.head_dim)
-        mixed = mixed.transpose(0, 1)
+        mixed = batch_first(mixed)
         q, k, v = mixed.split([self.group_size, 1, 1], dim=3)
         q = q.reshape(batch, num_tokens, -1, self.head_dim)
         k, v = k.squeeze(3), v.squeeze(3)

@@ -28,7 +28,7 @@ from allmem_megatron.config import BaseModelConfig, MemoryConfig, MixerSettings
 from allmem_megatron.context_parallel import ContextShard
 from allmem_megatron.memory_parallel import conv_halo, keep_gradients, memory_over_ranks
 from allmem_megatron.norm import shared_over_tp
-from allmem_megatron.order import tokens_first
+from allmem_megatron.order import batch_first, tokens_first
 from allmem_megatron.shard_scan import ShardDocuments, Streams
 from kernels.ttt_memory import FastWeights, memory_scan
 from kernels.ttt_memory.branch import eta_from, mu_from
@@ -122,7 +122,7 @@ class BranchBase(MegatronModule):
     def project(self, linear: ColumnParallelLinear, x: Tensor) -> Tensor:
         """[T, B, D] -> [B, T, outputs of this rank]: from Megatron's order to the kernels'."""
         out: Tensor = linear(x)[0]
-        return out.transpose(0, 1)
+        return batch_first(out)
 
     def projected(self, x: Tensor, *linears: ColumnParallelLinear) -> list[Tensor]:
         """Several projections of x [T, B, D], each [B, T, outputs of this rank], in one product.
@@ -144,7 +144,7 @@ class BranchBase(MegatronModule):
             parts = zip(sizes, (*given, None), strict=True)
             bias = torch.cat([x.new_zeros(n) if part is None else part for n, part in parts])
         out = F.linear(x, torch.cat(weights), bias)
-        return list(out.transpose(0, 1).split(sizes, -1))[: len(linears)]
+        return list(batch_first(out).split(sizes, -1))[: len(linears)]
 
     def convolved(
         self,

@@ -19,5 +19,5 @@ def tokens_first(x: Tensor) -> Tensor:
 
 
 def batch_first(x: Tensor) -> Tensor:
-    """[T, B, D] -> [B, T, D]; its gradient arrives as a plain [T, B, D]."""
+    """[T, B, ...] -> [B, T, ...]; its gradient arrives as a plain [T, B, ...]."""
     return x.flatten(0, 1).unflatten(0, x.shape[:2]).transpose(0, 1)
