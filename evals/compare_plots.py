@@ -17,19 +17,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from evals.bins import parse_label
-from evals.config import MIXERS
+from evals.config import COLOURS, MIXERS
 from evals.paper_tables import Subject
 
-# Okabe and Ito's palette, told apart by people with colour blindness too.
-COLOURS = {
-    "full": "#000000",
-    "swa": "#E69F00",
-    "mamba2": "#009E73",
-    "allmem": "#0072B2",
-    "memory_off": "#CC79A7",
-    "write_off": "#D55E00",
-    "state_shuffled": "#56B4E9",
-}
 LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DPI = 130

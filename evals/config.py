@@ -11,6 +11,17 @@ from evals.task import SuiteConfig
 
 MIXERS: tuple[str, ...] = ("full", "swa", "mamba2", "allmem")
 CONTROLS: tuple[str, ...] = ("memory_off", "write_off", "state_shuffled")
+COLOURS = {
+    "full": "#000000",
+    "swa": "#E69F00",
+    "mamba2": "#009E73",
+    "allmem": "#0072B2",
+    "memory_off": "#CC79A7",
+    "write_off": "#D55E00",
+    "state_shuffled": "#56B4E9",
+}
+"""In figures and dashboards: Okabe and Ito's palette, told apart by people with colour blindness
+too."""
 KINDS: tuple[str, ...] = ("text", "recall", "chat")
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from evals.config import COLOURS
 from pipeline.atomic import write_atomically
 from pipeline.tracking_evaluation import Point, describe, points_of, report_page, subjects
 from pipeline.tracking_notes import Notes, Tracked, stamp_of
@@ -67,6 +68,8 @@ def _send_subject(server: Server, subject: str, points: list[Point], stamp: list
         server.client.delete_run(note["run_id"])
         server.notes.write(place, {})
     tags = {"mlflow.parentRunId": server.runs["child"], "stage": place, "kind": "mixer"}
+    if subject in COLOURS:  # MLflow's own follow from the run's id, and can be nearly the same
+        tags["mlflow.runColor"] = COLOURS[subject]
     run_id = server.open_run(place, f"{subject} ({server.tracked.title})", tags)
     when = stamp[1] // 1_000_000
     server.send_points(run_id, points, when)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -14,9 +13,8 @@ if not torch.cuda.is_available():
 
 
 @pytest.fixture(autouse=True)
-def nobody_asked_to_stop() -> Iterator[None]:
+def nobody_asked_to_stop() -> None:
     """A run that a test let be stopped keeps its request, which would stop the next test's."""
     from pipeline.survival import stop
 
     stop.reset()
-    yield

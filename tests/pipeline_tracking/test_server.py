@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from evals.config import COLOURS
 from pipeline.config import compose
 from pipeline.console import Reporter
 from pipeline.context import StageContext
@@ -41,6 +42,8 @@ def test_a_run_has_a_parent_a_child_per_stage_and_a_run_per_mixer(server: Server
         assert runs[name].data.tags["commit"]
         assert runs[name].data.params["convert.steps"] == "8"
     assert runs[PARENT].data.params["convert.steps"] == "8"
+    colours = {name: runs[name].data.tags["mlflow.runColor"] for name in MIXERS}
+    assert colours == {name: COLOURS[name.removesuffix(" (tiny)")] for name in MIXERS}
     (version,) = client.search_model_versions("name = 'allmem-tiny'")
     assert version.run_id == runs["export"].info.run_id
 
