@@ -131,7 +131,8 @@ def build_config(base_config: Mapping[str, Any], memory_config: Any, mixer: Any)
         ValueError: an unsupported base family or feature, or settings that do not fit.
     """
     base, memory, settings = dict(base_config), _mapping(memory_config), _mapping(mixer)
-    _check_keys("memory_config", memory, {*_MEMORY_KEYS, "init_from_base", "gate_up_std"})
+    of_the_start = {"init_from_base", "gate_up_std", "momentum", "writes"}  # the weights hold it
+    _check_keys("memory_config", memory, {*_MEMORY_KEYS, *of_the_start})
     _check_keys("mixer", settings, {*_MIXER_KEYS, "mode", "shuffle_state"})
     if settings.get("shuffle_state"):
         raise ValueError("mixer shuffle_state=True is a control of batches; export without it")

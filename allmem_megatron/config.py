@@ -194,6 +194,10 @@ def _rope_of(hf: dict[str, Any]) -> tuple[float, dict[str, Any] | None]:
     return float(theta), {"rope_type": rope_type, **scaling}
 
 
+MATRICES = ("gate", "up", "down")
+"""Of a memory head's network, in the order of its rates."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class MemoryConfig:
     """The branch beside window attention (spec sections 2-4); the same sizes serve mamba2."""
@@ -218,6 +222,11 @@ class MemoryConfig:
     gate_up_std: float | None = None
     """Standard deviation of the initial gate and up matrices; None: 1/sqrt(d_h), as in the paper's
     neighbours. Keys have length 1, so it is also the standard deviation of what the SiLU sees."""
+    momentum: bool = True
+    """Whether a write also moves along the writes before it, equation (11); without, mu starts and
+    stays at 0."""
+    writes: tuple[str, ...] = MATRICES
+    """Matrices that are written; the rates of the others start and stay at 0."""
     state_size: int | None = None
     """Mamba-2 only: N, columns of a head's state; None: the head width d_h."""
 
@@ -242,6 +251,11 @@ class MemoryConfig:
             positive(_MEMORY, num_heads=self.num_heads)
         if self.clip is not None:
             positive(_MEMORY, clip=self.clip)
+        if not self.writes or not set(self.writes) <= set(MATRICES):
+            raise ValueError(
+                f"{_MEMORY}writes={list(self.writes)} must name one or more of "
+                f"{', '.join(MATRICES)}; set {_MEMORY}writes=[down] to write that matrix alone"
+            )
         if self.state_size is not None:
             positive(_MEMORY, state_size=self.state_size)
         if self.gate_up_std is not None:

@@ -15,13 +15,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from allmem_megatron.config import BaseModelConfig, MemoryConfig
+from allmem_megatron.config import MATRICES, BaseModelConfig, MemoryConfig
 from allmem_megatron.convert import from_hf, load_hf_tensors, model_to_hf, to_hf
 from allmem_megatron.sharding import full_shape, shard_of
 from kernels.ttt_memory.branch import eta_bias
 
 if TYPE_CHECKING:
     from allmem_megatron.model import AllMemGPTModel
+
+OFF = -30.0
+"""A bias at which softplus and sigmoid are 1e-13: nothing, and so is the gradient that could move
+it (far below the epsilon of AdamW)."""
 
 _ONES = re.compile(r"norm\.weight$|layernorm\.weight$|d_skip$")
 _BRANCH_QKV = re.compile(r"\.memory\.[qkv]_proj\.weight$")
@@ -86,8 +90,13 @@ def _draw(
     def normal(std: float) -> Tensor:
         return torch.randn(shape, generator=generator, device="cpu") * std
 
+    def rates() -> Tensor:
+        return normal(0.1 / math.sqrt(shape[-1]))  # eta, mu and dt start close to their bias
+
     if _ONES.search(name):
         return torch.ones(shape)
+    if name.endswith(("mu_proj.weight", "mu_proj.bias")) and not memory.momentum:
+        return torch.full(shape, OFF if name.endswith("bias") else 0.0)
     if _ZEROS.search(name):
         return torch.zeros(shape)
     if "_conv." in name:  # the identity: the last tap is the token itself
@@ -98,10 +107,16 @@ def _draw(
         return normal(memory.gate_up_std)
     if _BRANCH_QKV.search(name) or ".memory.fast_" in name:
         return normal(1 / math.sqrt(shape[-1]))
-    if name.endswith("eta_proj.bias"):
-        return torch.full(shape, float(eta_bias(memory.eta_init)))
-    if name.endswith(("eta_proj.weight", "mu_proj.weight", "dt_proj.weight")):
-        return normal(0.1 / math.sqrt(shape[-1]))  # eta, mu and dt start close to their bias
+    if ".eta_proj." in name:
+        bias = name.endswith("bias")
+        drawn = torch.full(shape, eta_bias(memory.eta_init)) if bias else rates()
+        by_matrix = drawn.unflatten(0, (-1, len(MATRICES)))  # a view
+        for number, matrix in enumerate(MATRICES):
+            if matrix not in memory.writes:
+                by_matrix[:, number] = OFF if bias else 0.0
+        return drawn
+    if name.endswith(("mu_proj.weight", "dt_proj.weight")):
+        return rates()
     if name.endswith("dt_proj.bias"):  # Mamba-2: dt log-uniform in [0.001, 0.1]
         low, high = math.log(1e-3), math.log(1e-1)
         dt = torch.exp(torch.rand(shape, generator=generator, device="cpu") * (high - low) + low)

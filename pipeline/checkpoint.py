@@ -296,16 +296,24 @@ def _unreadable(path: Path, error: Exception) -> ValueError:
     )
 
 
+_LATER_KEYS: Mapping[str, Any] = {
+    "mixer.memory.momentum": True,
+    "mixer.memory.writes": ["gate", "up", "down"],
+}
+"""What programs did that did not have these keys yet."""
+
+
 def refuse_other_config(path: Path, stored: Mapping[str, Any], current: Mapping[str, Any]) -> None:
     """Compare two flat configurations.
 
-    Earlier programs noted `parallel.device` and an unresolved `parallel.dtype`: their `auto` counts
+    A key that earlier programs did not know counts as what they did. They also noted
+    `parallel.device` and an unresolved `parallel.dtype`: their `auto` counts
     as what it meant on that device, and as float32 where the device was `auto` too.
 
     Raises:
         ValueError: they differ; the message names the first differing key with both values.
     """
-    stored = dict(stored)
+    stored, current = {**_LATER_KEYS, **stored}, {**_LATER_KEYS, **current}
     if "parallel.device" in stored and "parallel.device" not in current:
         device = stored.pop("parallel.device")
         if stored.get("parallel.dtype") == "auto":

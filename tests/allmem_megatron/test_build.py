@@ -171,6 +171,36 @@ def test_gate_and_up_can_start_wider():
         MemoryConfig(gate_up_std=0.0)
 
 
+def test_momentum_and_matrices_that_start_switched_off_stay_off(hf_model, ours, set_alpha):
+    memory = MemoryConfig(memory_size=16, eta_init=0.1, momentum=False, writes=("down",))
+    model = ours(hf_model("llama"), branch="allmem", memory=memory)
+    set_alpha(model, 0.5)
+    branch = [parameter for _, parameter in model.memory_parameters()]
+    optimizer = torch.optim.AdamW(branch, lr=1e-2, weight_decay=0)
+    settings = MixerSettings(mode="allmem", window_size=8, num_sinks=0, chunk_size=8)
+    weights = model_to_hf(model)
+    before = {name: weights[name].clone() for name in weights if "eta_proj" in name}
+    for _ in range(5):
+        optimizer.zero_grad()
+        with model.mixer(settings):
+            model.hidden_states(torch.randint(0, 96, (2, 32))).square().sum().backward()
+        optimizer.step()
+    after = model_to_hf(model)
+    for name, start in before.items():
+        now = after[name].unflatten(0, (-1, 3))
+        assert (now[:, :2] - start.unflatten(0, (-1, 3))[:, :2]).abs().max() < 1e-4
+        assert (now[:, 2] - start.unflatten(0, (-1, 3))[:, 2]).abs().max() > 1e-3
+    for mixer in model.mixers():
+        assert 0 < mixer.memory.mean_mu < 1e-12
+        assert 0.02 < mixer.memory.mean_eta < 0.05  # a third of the rates
+
+
+def test_matrices_that_a_network_does_not_have_are_refused():
+    for writes in ((), ("down", "value")):
+        with pytest.raises(ValueError, match="gate, up, down"):
+            MemoryConfig(writes=writes)
+
+
 def test_init_from_base_happens_on_loading(tmp_path, hf_model):
     hf = hf_model("qwen3")
     hf.save_pretrained(tmp_path)

@@ -149,6 +149,10 @@ def test_the_differing_key_is_named(tmp_path: Path):
     with pytest.raises(ValueError, match=r'b=1, this run has b="\(not set\)"'):
         refuse_other_config(path, {"b": 1}, {})
     refuse_other_config(path, {"a": 1}, {"a": 1})
+    # a key that an earlier program did not know
+    refuse_other_config(path, {}, {"mixer.memory.momentum": True})
+    with pytest.raises(ValueError, match=r"mixer\.memory\.momentum=true, this run has .*=false"):
+        refuse_other_config(path, {}, {"mixer.memory.momentum": False})
 
 
 def test_no_checkpoint_is_unpickled():
