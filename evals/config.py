@@ -95,6 +95,10 @@ class EvalConfig:
     kinds: tuple[str, ...] = ("text", "recall")
     """Kinds of held-out document that are read from `prepare/eval`; none with tasks below alone."""
 
+    documents: str | None = None
+    """Run whose `stage=prepare` made the held-out documents, for other texts or lengths than the
+    model was trained on; default: this run."""
+
     suites: SuiteConfig = field(default_factory=SuiteConfig)
     """Long-context tasks."""
 

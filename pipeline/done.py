@@ -28,6 +28,7 @@ from pipeline.context import DONE_FILE, StageContext, is_finished
 from pipeline.evaluating.data_files import data_files
 from pipeline.evaluation import find_weights
 from pipeline.fingerprint import digest
+from pipeline.held_out import documents_dir
 from pipeline.lineage import data_entry, lineage
 from pipeline.retention import chosen_checkpoint
 from pipeline.schema import TRAINING_STAGES, RunConfig
@@ -93,7 +94,7 @@ def start(config: RunConfig, context: StageContext) -> Inputs:
             were made by another tokenizer than the run's.
     """
     if context.name in (*KEPT, "export"):
-        check_tokenizer(config, context.data_dir)
+        check_tokenizer(config, _shards(config, context))
     inputs = inputs_of(config, context)
     if context.name not in ("prepare", "evaluate"):
         for entry in lineage(config, branch=context.branch, before=context.entry):
@@ -144,6 +145,12 @@ def inputs_of(config: RunConfig, context: StageContext) -> Inputs:
     return inputs
 
 
+def _shards(config: RunConfig, context: StageContext) -> Path:
+    if context.name == "evaluate" and config.eval.kinds:
+        return documents_dir(config.eval, context.data_dir)
+    return context.data_dir
+
+
 def _files(config: RunConfig, context: StageContext) -> dict[str, Path]:
     if context.name == "prepare":
         return {}
@@ -158,7 +165,7 @@ def _files(config: RunConfig, context: StageContext) -> dict[str, Path]:
     weights = [file for name in names for file in model_files(run_dir / name)]
     files = {str(file.relative_to(run_dir)): file for file in weights}
     if context.name == "evaluate":
-        files[f"prepare/{MANIFEST_NAME}"] = context.data_dir / MANIFEST_NAME
+        files[f"prepare/{MANIFEST_NAME}"] = _shards(config, context) / MANIFEST_NAME
         files.update(data_files(config.eval))
     if data_entry(context.entry) != "prepare":
         files[f"{context.data_dir.name}/{MANIFEST_NAME}"] = context.data_dir / MANIFEST_NAME

@@ -6,10 +6,28 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from data_prep.shards import Manifest, ShardRecord, read_samples
+from data_prep.shards import MANIFEST_NAME, Manifest, ShardRecord, read_samples
 from data_prep.storage import Storage, shards_of
 from evals.config import EvalConfig
 from evals.documents import EvalDocument, documents_of, select
+from pipeline.config import resolve_path
+
+
+def documents_dir(settings: EvalConfig, data_dir: Path) -> Path:
+    """The folder of shards whose eval split is measured: of `eval.documents`, or the run's own.
+
+    Raises:
+        ValueError: `eval.documents` is no run with shards.
+    """
+    if settings.documents is None:
+        return data_dir
+    folder = resolve_path(settings.documents) / "prepare"
+    if not (folder / MANIFEST_NAME).is_file():
+        raise ValueError(
+            f"eval.documents={settings.documents} has no prepare/{MANIFEST_NAME}; name the run.dir "
+            "of a finished stage=prepare, or leave it out to measure on this run's documents"
+        )
+    return folder
 
 
 def read_documents(data_dir: Path, settings: EvalConfig) -> list[EvalDocument]:

@@ -32,7 +32,7 @@ from pipeline.evaluation import (
     key_of,
     to_partial,
 )
-from pipeline.held_out import read_documents
+from pipeline.held_out import documents_dir, read_documents
 from pipeline.scoring import prefill, prefill_speeds, score_batch
 from pipeline.survival import StopRequested, stop, stop_if_asked
 from pipeline.wording import count
@@ -48,7 +48,9 @@ class DocumentScores:
             ValueError: no document fits, or a shard is broken.
         """
         self.context, self.subjects, self.settings = context, subjects, subjects.settings
-        self.documents = read_documents(context.data_dir, self.settings)
+        self.documents = read_documents(
+            documents_dir(self.settings, context.data_dir), self.settings
+        )
         self.batches = batches_of(self.documents, self.settings.batch_size)
         self.length = max(len(document.tokens) for document in self.documents)
         self.edges = bin_edges(self.length, self.settings.window_size, self.settings.num_bins)

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -225,6 +227,17 @@ def test_the_newest_stage_with_a_checkpoint_counts(tiny_run: Any) -> None:
     tuned = find_weights(config, tiny_run.dir, "allmem")
     assert tuned.checkpoints[-1] == "sft/checkpoints/step_00000009"
     assert find_weights(config, tiny_run.dir, "mamba2").missing is not None
+
+
+def test_documents_of_another_run_can_be_measured(tiny_run: Any, tmp_path: Path) -> None:
+    config = tiny_run.config(mixers=("full",), controls=())
+    own = tiny_run.evaluate(config)["mixers"]["full"]["overall"]
+    shutil.move(tiny_run.dir / "prepare", tmp_path / "other" / "prepare")
+    config = tiny_run.config(mixers=("full",), controls=(), documents=str(tmp_path / "other"))
+    assert tiny_run.evaluate(config)["mixers"]["full"]["overall"] == own
+    shutil.rmtree(tmp_path / "other" / "prepare")
+    with pytest.raises(ValueError, match=r"eval\.documents=.* has no prepare/manifest"):
+        tiny_run.evaluate(config)
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut", "no manifest"])
