@@ -216,7 +216,11 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Launches]]:
     [("allmem", "triton", 13), ("none", "triton", 11), ("allmem", "reference", 149),
      ("none", "reference", 61)],
 )  # fmt: skip
-def test_launches_of_a_layer(tiny, tokens, counting, branch, backend, launches) -> None:
+def test_launches_of_a_layer(
+    tiny, tokens, counting, monkeypatch, branch, backend, launches
+) -> None:
+    # DeepSpeed's ZeRO-3, in a test before this one, leaves another in its place: product, then bias
+    monkeypatch.setattr(torch.nn.functional, "linear", torch._C._nn.linear)
     counts = []
     for layers in (1, 2):
         model = tiny(branch, num_hidden_layers=layers).bfloat16()
