@@ -115,7 +115,8 @@ def _check_overrides(overrides: Sequence[str]) -> tuple[list[str], str]:
             if option not in known_groups[key]:
                 raise ValueError(
                     f"{key}={option} is unknown{nearest(option, known_groups[key])} "
-                    f"({key} has: {', '.join(known_groups[key])})"
+                    f"({key} has: {', '.join(known_groups[key])}; a file "
+                    f"configs/{key}/{option}.yaml would add it)"
                 )
             recipe = option if key == "recipe" else recipe
             prepared.append(f"{key}={option}")

@@ -7,10 +7,12 @@ there are; `status` and `cancel` go by it.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -58,6 +60,7 @@ Example:
 """
 
 PLACEHOLDER = "AFTER"
+LOCK = ".submit.lock"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +111,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if "--dry-run" in flags:
             return _dry_run(_plan(words, ask=queue.is_there("scontrol")))
         queue.require("sbatch", "scontrol")
-        return _submit(_plan(words, ask=True), console)
+        with _alone(_folder(compose(words), words)):
+            return _submit(_plan(words, ask=True), console)
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -139,6 +143,25 @@ def _folder(config: RunConfig, words: Sequence[str]) -> Path:
     if runs and not any(word.lstrip("+").startswith("run.dir=") for word in words):
         return Path(runs).absolute() / config.recipe
     return Path(config.run.dir).absolute()
+
+
+@contextlib.contextmanager
+def _alone(run_dir: Path) -> Iterator[None]:
+    """Keep other calls for the same run away, so that no stage is submitted twice.
+
+    Raises:
+        ValueError: one is at work.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with (run_dir / LOCK).open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"another pipeline.submit is at work for {run_dir}; when it is done, see: "
+                f"python -m pipeline.submit status run.dir={run_dir}"
+            ) from None
+        yield
 
 
 def _plan(words: Sequence[str], *, ask: bool) -> Chain:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shlex
 import subprocess
@@ -12,7 +13,7 @@ import pytest
 from pipeline.config import compose
 from pipeline.context import folder_name
 from pipeline.fingerprint import digest, fingerprint
-from pipeline.submit import main
+from pipeline.submit import LOCK, main
 from pipeline.submitting.chain import done_stages, make_jobs, words_to_pass_on
 from pipeline.submitting.queue import parse
 from pipeline.submitting.record import Record, SubmittedJob, read_record, write_record
@@ -170,6 +171,22 @@ def test_without_slurm_there_is_one_clear_line(tmp_path: Path, capsys: pytest.Ca
     assert not run_dir.exists()
 
 
+def test_two_calls_at_a_time_for_one_run_are_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    for name in ("sbatch", "scontrol"):
+        (tmp_path / name).write_text("#!/bin/sh\nexit 9\n")  # nobody gets as far as calling it
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    with (run_dir / LOCK).open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert main(["recipe=tiny", f"run.dir={run_dir}"]) == 2
+    assert "another pipeline.submit is at work for" in capsys.readouterr().err
+    assert not (run_dir / "submit.json").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
@@ -179,6 +196,7 @@ def test_without_slurm_there_is_one_clear_line(tmp_path: Path, capsys: pytest.Ca
         (["cancel", "run.dir="], ["'run.dir=' is not KEY=VALUE"]),
         (["status", "run.dir=no/such"], ["no/such has no submit.json"]),
         (["recipe=tiny", "stage=plan"], ["stage=plan is no job"]),
+        (["recipe=tiny", "slurm=site"], ["slurm=site is unknown", "configs/slurm/site.yaml"]),
         (["recipe=tiny", "slurm.convert.node=2"], ["did you mean slurm.convert.nodes?"]),
         (["recipe=tiny", "slurm.sft.options=[exclusive]"], ["no option of sbatch", "--exclusive"]),
         (["recipe=tiny", "slurm.every.nodes=0"], ["nodes=0 must be at least 1"]),
