@@ -235,7 +235,7 @@ def test_help_names_every_option():
 
 def test_an_interrupted_reading_saves_nothing(exported, tmp_path):
     document, state = tmp_path / "long.txt", tmp_path / "a.state"
-    document.write_text(DOCUMENT * 400)
+    document.write_text(DOCUMENT * 2000)
     command = [
         sys.executable, "-m", "pipeline.generate", f"model={exported}", f"prompt_file={document}",
         f"save_state={state}", "prefill_chunk=256", "device=cpu",
@@ -248,7 +248,7 @@ def test_an_interrupted_reading_saves_nothing(exported, tmp_path):
     while not line.startswith("model:"):
         assert line, "the program ended early"
         line = program.stderr.readline()
-    time.sleep(0.5)
+    time.sleep(0.3)
     program.send_signal(signal.SIGINT)
     said = program.communicate(timeout=60)[1]
     assert program.returncode == 130
