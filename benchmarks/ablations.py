@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,11 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from benchmarks.measure import ROOT, commit
+from pipeline.console import Reporter
 
 STEPS = 400
+SHARED = "shared"
+COMMON = ["recipe=demo", "tracking=none", f"convert.steps={STEPS}", "convert.log_every=20"]
 DENSE = {"fraction": 0.4, "seq_length": 256, "batch_size": 8}
 NARROW = {"window_range": [12, 24], "chunk_range": [8, 12]}
 MIX = {"far": 0.45, "mixed": 0.35, "code": 0.2}
@@ -79,6 +83,12 @@ ROWS: dict[str, list[str]] = {
 }  # fmt: skip
 
 
+def prepare_shared(runs: Path) -> None:
+    """The documents that every row is made from."""
+    if not (runs / SHARED / "prepare" / "DONE.json").exists():
+        _pipeline("prepare", [*COMMON, f"run.dir={runs / SHARED}"])
+
+
 def run_row(name: str, words: list[str], runs: Path) -> dict[str, Any]:
     """Convert and measure with one change; a row that is done is read."""
     folder = runs / "".join(c if c.isalnum() else "_" for c in name)
@@ -86,13 +96,9 @@ def run_row(name: str, words: list[str], runs: Path) -> dict[str, Any]:
     if done.exists():
         row: dict[str, Any] = json.loads(done.read_text())
         return row
-    shared = runs / "shared"
-    common = ["recipe=demo", "tracking=none", f"convert.steps={STEPS}", "convert.log_every=20"]
-    if not (shared / "prepare" / "DONE.json").exists():
-        _pipeline("prepare", [*common, f"run.dir={shared}"])
     if not folder.exists():
-        shutil.copytree(shared / "prepare", folder / "prepare")
-    words = [*common, *words, f"run.dir={folder}"]
+        shutil.copytree(runs / SHARED / "prepare", folder / "prepare")
+    words = [*COMMON, *words, f"run.dir={folder}"]
     mixers = "[full,swa,allmem]" if name == next(iter(ROWS)) else "[allmem]"
     begin = time.monotonic()
     for entry in (*(["align"] if any("align" in word for word in words) else []), "convert"):
@@ -101,7 +107,7 @@ def run_row(name: str, words: list[str], runs: Path) -> dict[str, Any]:
     measured = [f"eval.mixers={mixers}", "eval.controls=[]", "eval.timing_repeats=0"]
     _pipeline("evaluate", [*words, *measured, "eval.memory_norms=false", "eval.suites.tasks=[]"])
     found = json.loads((folder / "evaluate" / "results.json").read_text())["mixers"]
-    row = {"name": name, "words": words[4:-1], "seconds": seconds, "mixers": found}
+    row = {"name": name, "words": words[len(COMMON) : -1], "seconds": seconds, "mixers": found}
     done.write_text(json.dumps(row) + "\n")
     return row
 
@@ -160,14 +166,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="JSON; a PNG is put beside it")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "ablations")
+    parser.add_argument("--jobs", type=int, default=1, help="rows at once, one thread each")
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), help="default: all")
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     chosen = [name for name in ROWS if not options.rows or name in options.rows]
-    rows = []
-    for number, name in enumerate(dict.fromkeys([next(iter(ROWS)), *chosen]), start=1):
-        print(f"{number}/{len(chosen)} {name} ...", file=sys.stderr, flush=True)
-        rows.append(run_row(name, ROWS[name], options.runs.resolve()))
+    names = list(dict.fromkeys([next(iter(ROWS)), *chosen]))
+    runs = options.runs.resolve()
+    prepare_shared(runs)
+    with ThreadPoolExecutor(options.jobs) as pool:
+        measured = pool.map(lambda name: run_row(name, ROWS[name], runs), names)
+        with Reporter().progress("ablations", len(names)) as advance:
+            rows = []
+            for done, row in enumerate(measured, start=1):
+                rows.append(row)
+                advance(done, row["name"])
     lines = summary(rows)
     found = {"commit": commit(), "steps": STEPS, "rows": lines}
     options.out.parent.mkdir(parents=True, exist_ok=True)
