@@ -23,7 +23,7 @@ from data_prep.shards import MANIFEST_NAME, file_sha256
 from pipeline.atomic import remove, write_json
 from pipeline.checkpoint import latest_checkpoint, model_files, refuse_other_config
 from pipeline.collecting.responses import has_responses, shards_of_responses
-from pipeline.config import resolve_path
+from pipeline.config import flatten, resolve_path
 from pipeline.context import DONE_FILE, StageContext, is_finished
 from pipeline.evaluating.data_files import data_files
 from pipeline.evaluation import find_weights
@@ -91,10 +91,12 @@ def start(config: RunConfig, context: StageContext) -> Inputs:
 
     Raises:
         ValueError: the stage has checkpoints that were trained from other weights, or the shards
-            were made by another tokenizer than the run's.
+            were made by another tokenizer than the run's, or with other settings of `data`.
     """
     if context.name in (*KEPT, "export"):
         check_tokenizer(config, _shards(config, context))
+    if context.name in (*TRAINING_STAGES, "evaluate"):
+        _check_data(config, context)
     inputs = inputs_of(config, context)
     if context.name not in ("prepare", "evaluate"):
         for entry in lineage(config, branch=context.branch, before=context.entry):
@@ -109,6 +111,20 @@ def start(config: RunConfig, context: StageContext) -> Inputs:
             raise _stale(context, changed)
     write_json(path, inputs)
     return inputs
+
+
+def _check_data(config: RunConfig, context: StageContext) -> None:
+    """Refuse the run's own shards where `prepare` made them with other settings of `data`.
+
+    Shards without a mark, such as a program beside this one makes, are taken as they are.
+    """
+    mark = context.run_dir / "prepare" / DONE_FILE
+    if not mark.is_file() or _shards(config, context) != mark.parent:
+        return
+    made = json.loads(mark.read_text(encoding="utf-8"))["config"]
+    current = flatten({"data": config.data.contents()})
+    stored = {key: value for key, value in made.items() if key.startswith("data.")}
+    refuse_other_config(mark.parent, stored, current)
 
 
 def _has_begun(context: StageContext) -> bool:

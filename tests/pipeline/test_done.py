@@ -117,6 +117,18 @@ def test_training_goes_on_only_from_the_weights_that_it_began_with(
     assert "pretrain/checkpoints/step_00000004/model.safetensors has changed since" in error
 
 
+def test_shards_of_other_settings_are_refused(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert main([*words, "stage=prepare"]) == 0
+    for stage in ("pretrain", "evaluate"):
+        assert main([*words, f"stage={stage}", "data.train_samples=12"]) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert f"{tmp_path / 'run' / 'prepare'} was made with data.train_samples=" in error
+        assert "this run has data.train_samples=12; give the old value" in error
+    assert main([*words, "stage=pretrain", "data.num_workers=1"]) == 0  # how, not what
+
+
 def test_a_base_that_was_made_again_is_noticed(
     words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
