@@ -77,6 +77,7 @@ ROWS: dict[str, list[str]] = {
     ],
     "no plain text": [phases(mix={"far": 0.55, "mixed": 0.45})],
     "half plain text": [phases(mix={"far": 0.3, "mixed": 0.2, "code": 0.5})],
+    "loss beyond the window only": ["convert.loss_beyond_window=true"],
     "cross-entropy beside KL": ["convert.ce_weight=1"],
     "half the steps": [f"convert.steps={STEPS // 2}"],
     "twice the steps": [f"convert.steps={STEPS * 2}"],

@@ -57,6 +57,19 @@ class MicroBatch(NamedTuple):
         labels[:, :-1] = tokens[:, 1:]
         return cls(tokens, target_mask(loss_mask, cu_seqlens), labels, cu_seqlens)
 
+    def beyond(self, window_size: int) -> MicroBatch:
+        """The same with targets only where a token of the document lies outside the window.
+
+        Args:
+            window_size: tokens that the window of a position holds, its own included.
+        """
+        if self.cu_seqlens is None:
+            place = torch.arange(self.tokens.shape[1])
+        else:
+            borders = self.cu_seqlens.long()
+            place = torch.cat([torch.arange(n) for n in borders.diff().tolist()])
+        return self._replace(targets=self.targets & (place >= window_size))
+
     def shard(self, rank: int, size: int) -> MicroBatch:
         """The part of a context-parallel rank: T / size neighbouring tokens of every row.
 

@@ -299,6 +299,8 @@ def _unreadable(path: Path, error: Exception) -> ValueError:
 _LATER_KEYS: Mapping[str, Any] = {
     "mixer.memory.momentum": True,
     "mixer.memory.writes": ["gate", "up", "down"],
+    "convert.loss_beyond_window": False,
+    "on_policy.loss_beyond_window": False,
 }
 """What programs did that did not have these keys yet."""
 

@@ -231,8 +231,8 @@ class Engine:
         count = self._sum([local_count])[0]
         if count == 0:
             raise ValueError(
-                "a step has no loss token at all; check the loss masks of the shards or take a "
-                "larger batch_size"
+                "a step has no loss token at all; check the loss masks of the shards, take a "
+                "larger batch_size, or, with loss_beyond_window, documents longer than the window"
             )
         with self.objective.step(self._engine, batches, count):
             sums = self._accumulate(batches, count)

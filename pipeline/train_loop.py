@@ -50,6 +50,8 @@ class Plan:
     """Steps, batch, schedule, checkpoints."""
     mixer_of_step: Callable[[int], MixerSettings]
     """The student's mixer at each step."""
+    loss_beyond_window: bool = False
+    """Only positions count that have tokens of their document outside the step's window."""
 
 
 def train(config: RunConfig, context: StageContext, plan: Plan) -> None:
@@ -181,8 +183,8 @@ class _Trainer:
             seed_everything(step_seed(self.config.run.seed, self.step, self.context.ranks.dp_rank))
             note_step(self.step + 1)
             batch = next(self.loader)
-            micro_batches = self._micro_batches(batch)
             mixer = self.plan.mixer_of_step(self.step)
+            micro_batches = self._micro_batches(batch, mixer)
             last = self.step + 1 == steps
             logged = (self.step + 1) % log_every == 0 or last
             spread = logged and (lines % MEMORY_STATISTICS_EVERY == 0 or last)
@@ -282,7 +284,7 @@ class _Trainer:
     def _replicas(self) -> int:
         return self.context.ranks.num_replicas
 
-    def _micro_batches(self, batch: Batch) -> list[MicroBatch]:
+    def _micro_batches(self, batch: Batch, mixer: MixerSettings) -> list[MicroBatch]:
         largest, vocab_size = int(batch.tokens.max()), self.model.base_config.vocab_size
         if largest >= vocab_size:
             raise ValueError(
@@ -295,6 +297,8 @@ class _Trainer:
             self.phases[self.phase].seq_length,
             self.context.section,
         )
+        if self.plan.loss_beyond_window:
+            split = [part.beyond(mixer.window_size) for part in split]
         ranks = self.context.ranks
         return [part.shard(ranks.cp_rank, ranks.cp).to(self.context.device) for part in split]
 

@@ -276,6 +276,9 @@ class ConvertSettings(RandomMixerSettings):
     ce_weight: float = 0.0
     """Weight of the next-token cross-entropy; the paper found KL alone best."""
 
+    loss_beyond_window: bool = False
+    """Count only positions that have tokens of their document outside the step's window."""
+
     def __post_init__(self) -> None:
         """Check the weights.
 

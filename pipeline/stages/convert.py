@@ -42,6 +42,7 @@ def run(config: RunConfig, context: StageContext) -> None:
             objective=objective,
             trained=trained_parameters(model, "memory"),
             settings=settings,
+            loss_beyond_window=settings.loss_beyond_window,
             mixer_of_step=lambda step: draw_mixer(
                 step, settings, seed=config.run.seed, mode=context.branch
             ),

@@ -48,6 +48,16 @@ def test_packed_rows_keep_their_borders_when_cut():
     assert first.targets.tolist() == [[True, False, True, False, True, True, True, False]]
 
 
+def test_targets_beyond_the_window_are_counted_in_each_document():
+    (rows,) = split_batch(batch(None), 4, None, "convert")
+    # position 2 is the first that cannot see token 0 through a window of 2
+    assert rows.beyond(2).targets.tolist() == [[False, False, True, True, True, False]] * 4
+    (packed,) = split_batch(batch(torch.tensor([0, 2, 6, 12, 15, 18, 24])), 4, None, "convert")
+    places = packed.beyond(2).targets.flatten().nonzero().flatten().tolist()
+    assert places == [4, 8, 9, 10, 20, 21, 22]
+    assert not packed.beyond(6).targets.any()
+
+
 def test_longer_sequences_than_the_shards_are_refused():
     with pytest.raises(ValueError, match=r"convert\.seq_length=8 exceeds the shards' 6 tokens"):
         split_batch(batch(None), 2, 8, "convert")
