@@ -11,7 +11,7 @@
 # trial. Installs nothing: PYTHON (default .venv/bin/python where it is, else python3). The weights
 # are fetched beforehand: python -m pipeline.fetch smollm2_135m --out models/smollm2_135m
 set -uo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit
 
 out=runs/bench_gpu/conversion budget=1500 run=runs/gpu_conversion
 words=()

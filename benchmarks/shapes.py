@@ -1,4 +1,4 @@
-"""Sizes that kernels and models are measured at: three Qwen3 bases, and two for a CPU.
+"""Sizes that kernels and models are measured at: three Qwen3 bases, SmolLM2, and two for a CPU.
 
 Nothing here needs Megatron-Core, so that the kernels can be measured where it is not installed.
 """
@@ -87,6 +87,22 @@ SHAPES = {
             num_heads=32,
             intermediate_size=12288,
             tied=False,
+        ),
+        # the model of docs/results.md
+        Shape(
+            name="SmolLM2-135M",
+            hidden_size=576,
+            num_layers=30,
+            num_heads=9,
+            num_kv_heads=3,
+            head_dim=64,
+            intermediate_size=1536,
+            vocab_size=49152,
+            memory_size=576,
+            memory_heads=9,
+            window_size=128,
+            num_sinks=4,
+            chunk_size=64,
         ),
         # for a CPU: a model of some minutes, and one of some seconds
         Shape(
