@@ -65,6 +65,9 @@ ROWS: dict[str, list[str]] = {
     "momentum off": ["mixer.memory.momentum=false"],
     "decay 0.05": ["mixer.memory.decay=0.05"],
     "only down is written": ["mixer.memory.writes=[down]"],
+    "alpha's rate 3 times": ["optim.alpha_lr_factor=3"],
+    "alpha's rate 10 times": ["optim.alpha_lr_factor=10"],
+    "alpha's rate 30 times": ["optim.alpha_lr_factor=30"],
     "chunk 8": ["mixer.chunk_size=8", phases(chunk_range=[8, 12])],
     "chunk 64": ["mixer.chunk_size=64", phases(window_range=[64, 96], chunk_range=[48, 64])],
     "align first (100 steps)": [

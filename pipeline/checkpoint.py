@@ -301,6 +301,7 @@ _LATER_KEYS: Mapping[str, Any] = {
     "mixer.memory.writes": ["gate", "up", "down"],
     "convert.loss_beyond_window": False,
     "on_policy.loss_beyond_window": False,
+    "optim.alpha_lr_factor": 1.0,
 }
 """What programs did that did not have these keys yet."""
 

@@ -94,6 +94,25 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(max(level, logging.ERROR))
 
 
+LR_FACTOR = "lr_factor"
+"""Key of a parameter group: its learning rate as a multiple of the step's."""
+
+
+def parameter_groups(
+    trained: Mapping[str, nn.Parameter], optim: OptimSettings
+) -> list[dict[str, Any]]:
+    """AdamW's groups: tensors with weight decay, vectors without, alpha with a rate of its own."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in trained.items():
+        decay = optim.weight_decay if parameter.ndim >= 2 else 0.0
+        factor = optim.alpha_lr_factor if name.endswith(".memory.alpha") else 1.0
+        groups.setdefault((decay, factor), []).append(parameter)
+    return [
+        {"params": parameters, "weight_decay": decay, LR_FACTOR: factor}
+        for (decay, factor), parameters in groups.items()
+    ]
+
+
 class Engine:
     """An objective, its optimizer, and ZeRO."""
 
@@ -139,14 +158,8 @@ class Engine:
         self._trained = dict(trained)
         self._zero_stage = zero_stage
         self._grad_clip = optim.grad_clip
-        decayed = [p for p in trained.values() if p.ndim >= 2]
-        plain = [p for p in trained.values() if p.ndim < 2]
-        groups = [
-            {"params": decayed, "weight_decay": optim.weight_decay},
-            {"params": plain, "weight_decay": 0.0},
-        ]
         self._adamw = GuardedAdamW(
-            [group for group in groups if group["params"]],
+            parameter_groups(trained, optim),
             lr=0.0,
             betas=(optim.beta1, optim.beta2),
             eps=optim.eps,
@@ -226,7 +239,7 @@ class Engine:
             ValueError: the step has no loss token at all.
         """
         for group in self._engine.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get(LR_FACTOR, 1.0)
         local_count = sum(self.objective.loss_count(batch) for batch in batches)
         count = self._sum([local_count])[0]
         if count == 0:

@@ -255,6 +255,9 @@ class OptimSettings:
     grad_clip: float = 1.0
     """Largest global L2 norm of the gradient; 0 does not clip."""
 
+    alpha_lr_factor: float = 1.0
+    """Learning rate of alpha, the gate that starts at zero, as a multiple of the others'."""
+
     def __post_init__(self) -> None:
         """Check the ranges.
 
@@ -263,6 +266,7 @@ class OptimSettings:
         """
         fractions("optim", {"beta1": self.beta1, "beta2": self.beta2})
         at_least("optim", {"weight_decay": self.weight_decay, "grad_clip": self.grad_clip}, 0)
+        at_least("optim", {"alpha_lr_factor": self.alpha_lr_factor}, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
